@@ -1,0 +1,36 @@
+"""bpfree-kernels: fused kernels for learning without backpropagation, on PyTorch.
+
+The ops as functions; `bpfree` (beside this package) builds learners from them. ``python -m
+bpfree_kernels`` reports what was built and what runs here.
+"""
+
+from bpfree_kernels import backends
+from bpfree_kernels._version import __version__
+from bpfree_kernels.activations import ACTIVATIONS
+from bpfree_kernels.backends import BackendFallbackWarning, explain
+from bpfree_kernels.checks import set_label_checks
+from bpfree_kernels.ops.classifier import ClassifierOutput, classifier_grad, classifier_step
+from bpfree_kernels.ops.drtp import drtp_linear_grad, drtp_linear_step, drtp_signal
+from bpfree_kernels.ops.update import apply_update
+from bpfree_kernels.update import SGD, Adam, AdamW, LayerState, ParamState
+
+__all__ = [
+    "ACTIVATIONS",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "BackendFallbackWarning",
+    "ClassifierOutput",
+    "LayerState",
+    "ParamState",
+    "__version__",
+    "apply_update",
+    "backends",
+    "classifier_grad",
+    "classifier_step",
+    "drtp_linear_grad",
+    "drtp_linear_step",
+    "drtp_signal",
+    "explain",
+    "set_label_checks",
+]

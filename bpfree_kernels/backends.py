@@ -1,0 +1,192 @@
+"""Which body of an op runs, and why not another.
+
+There are three kinds of body for every op:
+
+* ``cpp``: threaded, vectorised C++ for CPU tensors, in the compiled extension;
+* ``triton``: GPU kernels for CUDA and ROCm tensors (and for CPU tensors in Triton's interpreter);
+* ``reference``: plain PyTorch, any device and dtype: the truth that the other two are tested against.
+
+The choice is made per device type, once, when the library is imported. It never changes silently: if
+the body that a device should have is not there, the first call says so in one warning, and `explain`
+says it at any time. Every public op takes ``backend=`` to choose for itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BACKENDS = ("cpp", "triton", "reference")
+"""Every backend name that ``backend=`` accepts."""
+
+_EXTENSION = Path(__file__).parent / "lib" / "libbpfree_cpu.so"
+_DISABLE = "BPFREE_DISABLE"
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend can be used in this process, and in one sentence why or why not."""
+
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Bodies:
+    reference: Callable[..., Any]
+    triton_module: str
+
+
+_bodies: dict[str, _Bodies] = {}
+
+
+class BackendFallbackWarning(UserWarning):
+    """A slower body than the device should have is running."""
+
+
+def _disabled(backend: str) -> bool:
+    return backend in os.environ.get(_DISABLE, "").split(",")
+
+
+@functools.cache
+def _load_extension() -> Status:
+    if _disabled("cpp"):
+        return Status(False, f"switched off by {_DISABLE}={os.environ[_DISABLE]}")
+    if not _EXTENSION.exists():
+        return Status(
+            False,
+            f"the extension was not built ({_EXTENSION.name} is missing); with torch and a C++17 "
+            "compiler at hand, run: pip install --no-build-isolation --force-reinstall .",
+        )
+    try:
+        torch.ops.load_library(str(_EXTENSION))
+    except OSError as error:
+        return Status(False, f"the extension does not load: {error}")
+    return Status(True, f"loaded {_EXTENSION.name}")
+
+
+@functools.cache
+def _find_triton() -> Status:
+    if _disabled("triton"):
+        return Status(False, f"switched off by {_DISABLE}={os.environ[_DISABLE]}")
+    if importlib.util.find_spec("triton") is None:
+        return Status(False, "the package triton is not installed; run: pip install triton")
+    if interpreting():
+        return Status(True, "Triton's interpreter is on (TRITON_INTERPRET=1)")
+    if not torch.cuda.is_available():
+        return Status(False, "torch sees no CUDA or ROCm device")
+    return Status(True, f"compiles for {torch.cuda.get_device_name()}")
+
+
+def interpreting() -> bool:
+    """Whether Triton runs in its interpreter, on CPU tensors, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def status(backend: str) -> Status:
+    """Whether `backend` (one of `BACKENDS`) is usable here, with the reason.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    if backend == "cpp":
+        return _load_extension()
+    if backend == "triton":
+        return _find_triton()
+    if backend == "reference":
+        return Status(True, "plain PyTorch, always there")
+    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+
+
+def default_for(device_type: str) -> str:
+    """The backend that runs for tensors on a device type (``"cpu"``, ``"cuda"``, …)."""
+    wanted = {"cpu": "cpp", "cuda": "triton"}.get(device_type, "reference")
+    return wanted if status(wanted).usable else "reference"
+
+
+def explain(device_type: str) -> str:
+    """One sentence: which backend runs for tensors on a device type, and why not a faster one."""
+    chosen = default_for(device_type)
+    wanted = {"cpu": "cpp", "cuda": "triton"}.get(device_type)
+    if wanted is None:
+        return f"{device_type}: reference, because no kernels are written for this device."
+    if chosen == wanted:
+        return f"{device_type}: {chosen} ({status(chosen).reason})."
+    return f"{device_type}: reference, because {wanted} is not usable: {status(wanted).reason}."
+
+
+def register_bodies(
+    library: torch.library.Library, name: str, reference: Callable[..., Any], triton_module: str
+) -> None:
+    """Give an op its bodies: C++ and Triton where they are usable, the reference everywhere else.
+
+    Args:
+        library: the library that defines the op.
+        name: the op's name; the Triton body has the same name in `triton_module`.
+        reference: the plain PyTorch body.
+        triton_module: module of the Triton body, imported at the first call that needs it.
+    """
+    _bodies[name] = _Bodies(reference, triton_module)
+    if default_for("cpu") == "reference":  # otherwise the extension has registered its own body
+        library.impl(name, _warn_once(name, "cpu", reference), "CPU")
+    on_gpu = default_for("cuda")
+    # Without a GPU nobody calls this body; whoever gets one later imports the library anew.
+    gpu_body = _triton_body(name) if on_gpu == "triton" else _warn_once(name, "cuda", reference)
+    library.impl(name, gpu_body, "CUDA")
+    library.impl(name, reference, "CompositeExplicitAutograd")
+
+
+def body(name: str, device_type: str, backend: str | None) -> Callable[..., Any]:
+    """The callable that runs op `name` on a device type: the registered op, or the backend asked for.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: a backend that cannot run here, or not on this device type.
+    """
+    if backend is None:
+        return getattr(torch.ops.bpfree, name).default  # type: ignore[no-any-return]
+    state = status(backend)
+    if not state.usable:
+        raise RuntimeError(f"backend {backend!r} is not usable: {state.reason}.")
+    if backend == "reference":
+        return _bodies[name].reference
+    if backend == "cpp":
+        if device_type != "cpu":
+            raise RuntimeError(f"backend 'cpp' runs on CPU tensors, got a tensor on {device_type}.")
+        return getattr(torch.ops.bpfree, name).default  # type: ignore[no-any-return]
+    if device_type != "cuda" and not interpreting():
+        raise RuntimeError(f"backend 'triton' runs on CUDA tensors, got a tensor on {device_type}.")
+    return _triton_body(name)
+
+
+def _triton_body(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        module = importlib.import_module(_bodies[name].triton_module)
+        return getattr(module, name)(*args)
+
+    return run
+
+
+def _warn_once(name: str, device_type: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference body of a device that should have a faster one: says so at the first call."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        _warn_fallback(device_type)
+        return reference(*args)
+
+    return run
+
+
+@functools.cache
+def _warn_fallback(device_type: str) -> None:
+    warnings.warn(explain(device_type), BackendFallbackWarning, stacklevel=2)

@@ -1,0 +1,67 @@
+"""How an op of this library is registered: schema and fake in Python, one body per backend.
+
+The ops learn in place and are not differentiable: they skip autograd, their outputs need no gradient,
+and the public functions around them bump the version counters of what they wrote, so that an autograd
+graph that still needs an old weight says so instead of using the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpfree_kernels import backends
+
+_LIBRARY = torch.library.Library("bpfree", "DEF")
+
+LAYER_UPDATE_SCHEMA = (
+    "str optimizer, float lr, float beta1, float beta2, float eps, float weight_decay, "
+    "bool nesterov, Tensor? lr_tensor, "
+    "Tensor(m!)? weight_m, Tensor(v!)? weight_v, Tensor? weight_step, "
+    "Tensor(p!)? bias_m, Tensor(q!)? bias_v, Tensor? bias_step"
+)
+"""The update rule and the state of one layer, as every ``*_step`` op takes them."""
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton_module: str,
+) -> None:
+    """Register op ``bpfree::name``.
+
+    Args:
+        name: the op's name.
+        schema: arguments and returns, mutated arguments marked.
+        reference: body in plain PyTorch, called with the schema's arguments in order.
+        fake: shapes and dtypes of the outputs, for tracing.
+        triton_module: module that holds the Triton body under the same name.
+    """
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"bpfree::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    backends.register_bodies(_LIBRARY, name, reference, triton_module)
+
+
+def contiguous(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Contiguous stand-ins, the form in which every body takes its tensors."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def wrote(originals: Iterable[Tensor | None], stand_ins: Iterable[Tensor | None]) -> None:
+    """Finish an in-place op: copy stand-ins back where one was needed, and bump the versions."""
+    changed = []
+    for original, stand_in in zip(originals, stand_ins, strict=True):
+        if original is None:
+            continue
+        if stand_in is not None and stand_in is not original:
+            original.copy_(stand_in)
+        changed.append(original)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(changed)

@@ -1,0 +1,144 @@
+"""What the ops of a dense layer share: its argument checks, and its update rule made ready for a body."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from bpfree_kernels import checks
+from bpfree_kernels.ops._define import contiguous, wrote
+from bpfree_kernels.update import LayerState, ParamState, UpdateRule
+
+
+def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check x [batch, in], weight [out, in] and bias [out] of a dense layer that learns.
+
+    Raises:
+        TypeError: an unsupported dtype, or dtypes that differ.
+        ValueError: wrong shapes, devices that differ, or an empty batch.
+    """
+    checks.floating("x", x)
+    checks.dims("x", x, 2, "[batch, in]")
+    checks.not_empty("x", x)
+    checks.dims("weight", weight, 2, "[out, in]")
+    checks.shape("weight", weight, (weight.shape[0], x.shape[1]), "[out, in]")
+    checks.same_kind("weight", weight, "x", x)
+    if bias is not None:
+        checks.shape("bias", bias, (weight.shape[0],), "[out]")
+        checks.same_kind("bias", bias, "x", x)
+
+
+def check_param_state(name: str, param: Tensor, state: ParamState, update: UpdateRule) -> None:
+    """Check that `state` is what `update` keeps for `param`.
+
+    Raises:
+        TypeError, ValueError: a tensor that is missing, or that does not match the parameter.
+    """
+    rule = update.args()
+    adam = rule.optimizer != "sgd"
+    needed = {"m": adam or rule.beta1 != 0, "v": adam, "step": adam}
+    for field, is_needed in needed.items():
+        tensor = getattr(state, field)
+        label = f"state.{name}.{field}"
+        if is_needed and tensor is None:
+            raise ValueError(f"{label} is missing, but {type(update).__name__} needs it.")
+        if tensor is None:
+            continue
+        if field != "step":
+            checks.shape(label, tensor, tuple(param.shape), f"of {name}")
+            checks.same_kind(label, tensor, name, param)
+        elif tensor.numel() != 1 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{label} must be one floating-point element, "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)}."
+            )
+
+
+class LayerUpdate:
+    """One in-place update of a layer: checked arguments for a body, and what follows the call."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, update: UpdateRule, state: LayerState | None
+    ) -> None:
+        """Check the state against the rule and the parameters (`check_param_state`).
+
+        ``state=None`` is right for a rule without state; without a bias, its state is not read.
+        """
+        state = LayerState(ParamState(), ParamState()) if state is None else state
+        bias_state = state.bias if bias is not None else ParamState()
+        check_param_state("weight", weight, state.weight, update)
+        if bias is not None:
+            check_param_state("bias", bias, bias_state, update)
+        self._rule = update.args()
+        self._states = (state.weight, bias_state)
+        self._written = (
+            weight, bias, state.weight.m, state.weight.v, bias_state.m, bias_state.v,
+        )  # fmt: skip
+
+    def check_disjoint(self, **read: Tensor | None) -> None:
+        """Raise ValueError if something that the update writes shares memory with another tensor."""
+        names = ("weight", "bias", "weight m", "weight v", "bias m", "bias v")
+        checks.disjoint(dict(zip(names, self._written, strict=True)), read)
+
+    def run(self, body: Callable[..., Any], before: tuple[Any, ...], after: tuple[Any, ...]) -> Any:
+        """Call ``body(*before, weight, bias, *after, update…)``, then count the step."""
+        stand_ins = contiguous(self._written)
+        weight, bias, weight_m, weight_v, bias_m, bias_v = stand_ins
+        of_weight, of_bias = self._states
+        result = body(
+            *before, weight, bias, *after, *self._rule,
+            weight_m, weight_v, of_weight.step, bias_m, bias_v, of_bias.step,
+        )  # fmt: skip
+        wrote(self._written, stand_ins)
+        for state in self._states:
+            if state.step is not None:
+                state.step.add_(1)
+        return result
+
+
+class LayerGradients:
+    """The gradients of a layer's weight and bias, as the ops named ``*_grad`` return them."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        """Check the tensors given, and make those that are not.
+
+        Raises:
+            TypeError, ValueError: a gradient that does not match its parameter, one without a
+                parameter, or ``accumulate`` with nothing to accumulate into.
+        """
+        if accumulate and (grad_weight is None or (bias is not None and grad_bias is None)):
+            raise ValueError("accumulate needs grad_weight, and grad_bias if there is a bias.")
+        if grad_bias is not None and bias is None:
+            raise ValueError("grad_bias is given, but the layer has no bias.")
+        for name, grad, param in (
+            ("grad_weight", grad_weight, weight),
+            ("grad_bias", grad_bias, bias),
+        ):
+            if grad is not None and param is not None:
+                checks.shape(name, grad, tuple(param.shape), f"of {name.removeprefix('grad_')}")
+                checks.same_kind(name, grad, name.removeprefix("grad_"), param)
+        self.weight = weight.new_empty(weight.shape) if grad_weight is None else grad_weight
+        self.bias = (
+            bias.new_empty(bias.shape) if bias is not None and grad_bias is None else grad_bias
+        )
+        self._accumulate = accumulate
+
+    def check_disjoint(self, **read: Tensor | None) -> None:
+        """Raise ValueError if a gradient shares memory with another tensor of the op."""
+        checks.disjoint({"grad_weight": self.weight, "grad_bias": self.bias}, read)
+
+    def run(self, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Call ``body(*args, grad_weight, grad_bias, accumulate)``."""
+        stand_ins = contiguous((self.weight, self.bias))
+        result = body(*args, *stand_ins, self._accumulate)
+        wrote((self.weight, self.bias), stand_ins)
+        return result

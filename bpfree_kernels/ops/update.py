@@ -1,0 +1,68 @@
+"""An update rule applied to one parameter: what the fused ops do to a weight, as an op of its own.
+
+For parameters whose gradient comes from elsewhere, a convolution's for example.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bpfree_kernels import backends, checks
+from bpfree_kernels.ops._define import contiguous, define, wrote
+from bpfree_kernels.ops._layer import check_param_state
+from bpfree_kernels.reference import update as reference
+from bpfree_kernels.update import ParamState, UpdateRule
+
+
+def _fake(*_: object) -> None:
+    return None
+
+
+define(
+    "apply_update",
+    "(Tensor(w!) param, Tensor grad, str optimizer, float lr, float beta1, float beta2, "
+    "float eps, float weight_decay, bool nesterov, Tensor? lr_tensor, "
+    "Tensor(m!)? m, Tensor(v!)? v, Tensor? step) -> ()",
+    reference=reference.apply_update,
+    fake=_fake,
+    triton_module="bpfree_kernels.triton.update",
+)
+
+
+@torch.no_grad()
+def apply_update(
+    param: Tensor,
+    grad: Tensor,
+    update: UpdateRule,
+    state: ParamState | None = None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Apply a gradient to a parameter in place, in one pass over its memory.
+
+    Args:
+        param: any shape, updated in place.
+        grad: gradient, shaped like `param`.
+        update: the update rule, e.g. ``SGD(lr=1e-3)``.
+        state: what the rule remembers (``update.new_param_state(param)``), updated in place.
+        backend: ``"cpp"``, ``"triton"`` or ``"reference"`` instead of the device's default.
+
+    Raises:
+        TypeError: an unsupported dtype, or dtypes that differ.
+        ValueError: shapes or devices that differ, state that is missing, or tensors that share memory.
+        RuntimeError: a backend that cannot run here.
+    """
+    checks.floating("param", param)
+    checks.shape("grad", grad, tuple(param.shape), "of param")
+    checks.same_kind("grad", grad, "param", param)
+    state = ParamState() if state is None else state
+    check_param_state("param", param, state, update)
+    written = (param, state.m, state.v)
+    checks.disjoint({"param": param, "m": state.m, "v": state.v}, {"grad": grad})
+    body = backends.body("apply_update", param.device.type, backend)
+    stand_ins = contiguous(written)
+    body(stand_ins[0], grad.contiguous(), *update.args(), *stand_ins[1:], state.step)
+    wrote(written, stand_ins)
+    if state.step is not None:
+        state.step.add_(1)
