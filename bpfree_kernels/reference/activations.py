@@ -17,7 +17,7 @@ def activate(z: Tensor, activation: str, slope: float) -> tuple[Tensor, Tensor]:
     if activation == "relu":
         return z.relu(), (z > 0).to(z.dtype)
     if activation == "leaky_relu":
-        gain = torch.where(z > 0, 1.0, slope).to(z.dtype)
+        gain = torch.full_like(z, slope).masked_fill(z > 0, 1.0)
         return z * gain, gain
     if activation == "tanh":
         y = torch.tanh(z)

@@ -1,0 +1,164 @@
+"""``python -m bpfree_kernels``: what was built, what runs on this machine, and whether it computes right."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpfree_kernels import backends
+from bpfree_kernels._version import __version__
+from bpfree_kernels.examples import EXAMPLES, example_args
+
+SMOKE_TOLERANCE = 1e-5
+"""Largest difference from the reference, relative to its largest value, that a smoke test passes."""
+
+
+def report() -> dict[str, Any]:
+    """Everything the doctor knows, as plain values that `json` can write."""
+    return {
+        "versions": _versions(),
+        "machine": _machine(),
+        "extension": _extension(),
+        "backends": {name: vars(backends.status(name)) for name in backends.BACKENDS},
+        "choices": {device: backends.explain(device) for device in ("cpu", "cuda")},
+        "smoke": _smoke_tests(),
+    }
+
+
+def healthy(facts: dict[str, Any]) -> bool:
+    """Whether every smoke test of a report passed."""
+    return all(test["ok"] for test in facts["smoke"])
+
+
+def _versions() -> dict[str, str]:
+    found = {"bpfree-kernels": __version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _machine() -> dict[str, Any]:
+    gpus = []
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda or "none",
+        "hip": getattr(torch.version, "hip", None) or "none",
+    }
+
+
+def _extension() -> dict[str, Any]:
+    if importlib.util.find_spec("bpfree_kernels._host") is None:
+        return {"built": False, "reason": backends.status("cpp").reason}
+    from bpfree_kernels import _host
+
+    return {"built": True, **_host.build(), "processor": _host.processor()}
+
+
+def _smoke_tests() -> list[dict[str, Any]]:
+    """Each op on each usable backend against the reference body in float64."""
+    results = []
+    for backend in backends.BACKENDS:
+        if not backends.status(backend).usable or (backend == "triton" and _no_triton_device()):
+            continue
+        device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+        for name in EXAMPLES:
+            error = _smoke_error(name, backend, device)
+            results.append(
+                {
+                    "op": name, "backend": backend, "device": device,
+                    "error": error, "ok": error <= SMOKE_TOLERANCE,
+                }
+            )  # fmt: skip
+    return results
+
+
+def _no_triton_device() -> bool:
+    return not torch.cuda.is_available() and not backends.interpreting()
+
+
+def _smoke_error(name: str, backend: str, device: str) -> float:
+    args, wanted_args = example_args(name, device), example_args(name, "cpu", torch.float64)
+    got = backends.body(name, device, backend)(*args)
+    wanted = backends.body(name, "cpu", "reference")(*wanted_args)
+    errors = [
+        float((a.double().cpu() - b).abs().max() / b.abs().max().clamp_min(1e-30))
+        for a, b in zip(_tensors(got, args), _tensors(wanted, wanted_args), strict=True)
+    ]
+    return max(errors)
+
+
+def _tensors(result: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """What a call returned and what it may have changed."""
+    returned = copy.copy(result) if isinstance(result, tuple) else (result,)
+    return [
+        t for t in (*returned, *args) if isinstance(t, Tensor) and t.is_floating_point()
+    ]
+
+
+def render(facts: dict[str, Any]) -> str:
+    """A report as text."""
+    lines = []
+    for title in ("versions", "machine", "extension"):
+        lines.append(f"{title}:")
+        lines += [f"  {name}: {_flat(value)}" for name, value in facts[title].items()]
+    lines.append("backends:")
+    for name, state in facts["backends"].items():
+        lines.append(f"  {name}: {'usable' if state['usable'] else 'not usable'}, {state['reason']}")
+    lines += ["choices:", *(f"  {sentence}" for sentence in facts["choices"].values())]
+    lines.append("smoke tests (largest difference from the float64 reference):")
+    for test in facts["smoke"]:
+        verdict = "ok" if test["ok"] else "WRONG"
+        lines.append(f"  {verdict:5} {test['backend']:9} {test['op']:18} {test['error']:.1e}")
+    lines.append("all well." if healthy(facts) else "something is wrong: see the smoke tests.")
+    return "\n".join(lines)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line: text, or JSON with ``--json``; exit status 1 if a smoke test failed."""
+    import argparse
+    import json
+
+    parser = argparse.ArgumentParser(prog="python -m bpfree_kernels", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = parser.parse_args(arguments)
+    facts = report()
+    print(json.dumps(facts, indent=2) if options.json else render(facts))
+    return 0 if healthy(facts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

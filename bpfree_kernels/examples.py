@@ -1,0 +1,99 @@
+"""A small, valid call of every op: what the doctor runs as a smoke test, and the tests as a first check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpfree_kernels.update import Adam, LayerState
+
+BATCH, IN, OUT, CLASSES = 5, 7, 6, 3
+
+
+class _Maker:
+    """Seeded tensors of one device and dtype."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._device, self._dtype = device, dtype
+
+    def normal(self, *shape: int) -> Tensor:
+        values = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        return values.to(self._device, self._dtype)
+
+    def labels(self) -> Tensor:
+        return torch.arange(BATCH, device=self._device) % CLASSES
+
+    def adam(self, weight: Tensor, bias: Tensor) -> tuple[Any, ...]:
+        """Update rule and state in schema order."""
+        rule = Adam(lr=1e-2)
+        state: LayerState = rule.new_state(weight, bias)
+        of_weight, of_bias = state.weight, state.bias
+        return (
+            *rule.args(), of_weight.m, of_weight.v, of_weight.step,
+            of_bias.m, of_bias.v, of_bias.step,
+        )  # fmt: skip
+
+
+def _dense(make: _Maker) -> tuple[Tensor, Tensor, Tensor]:
+    return make.normal(BATCH, IN), make.normal(OUT, IN), make.normal(OUT)
+
+
+def _drtp_linear_step(make: _Maker) -> tuple[Any, ...]:
+    x, weight, bias = _dense(make)
+    feedback = make.normal(CLASSES, OUT)
+    rule = make.adam(weight, bias)
+    return (x, weight, bias, feedback, make.labels(), "tanh", 0.0, *rule)
+
+
+def _drtp_linear_grad(make: _Maker) -> tuple[Any, ...]:
+    x, weight, bias = _dense(make)
+    feedback = make.normal(CLASSES, OUT)
+    grads = (torch.zeros_like(weight), torch.zeros_like(bias))
+    return (x, weight, bias, feedback, make.labels(), "tanh", 0.0, *grads, False)
+
+
+def _drtp_signal(make: _Maker) -> tuple[Any, ...]:
+    z, feedback = make.normal(BATCH, 2, 3, 4), make.normal(CLASSES, 2, 3, 4)
+    return (z, feedback, make.labels(), "tanh", 0.0)
+
+
+def _classifier_step(make: _Maker) -> tuple[Any, ...]:
+    x, weight, bias = make.normal(BATCH, IN), make.normal(CLASSES, IN), make.normal(CLASSES)
+    return (x, weight, bias, make.labels(), "ce", *make.adam(weight, bias))
+
+
+def _classifier_grad(make: _Maker) -> tuple[Any, ...]:
+    x, weight, bias = make.normal(BATCH, IN), make.normal(CLASSES, IN), make.normal(CLASSES)
+    grads = (torch.zeros_like(weight), torch.zeros_like(bias))
+    return (x, weight, bias, make.labels(), "ce", *grads, False)
+
+
+def _apply_update(make: _Maker) -> tuple[Any, ...]:
+    param, grad = make.normal(OUT, IN), make.normal(OUT, IN)
+    rule = Adam(lr=1e-2)
+    state = rule.new_param_state(param)
+    return (param, grad, *rule.args(), state.m, state.v, state.step)
+
+
+EXAMPLES: dict[str, Callable[[_Maker], tuple[Any, ...]]] = {
+    "drtp_linear_step": _drtp_linear_step,
+    "drtp_linear_grad": _drtp_linear_grad,
+    "drtp_signal": _drtp_signal,
+    "classifier_step": _classifier_step,
+    "classifier_grad": _classifier_grad,
+    "apply_update": _apply_update,
+}
+"""Op name → maker of its arguments, in schema order."""
+
+
+def example_args(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Arguments of a small, valid call of op `name`, the same values on every device and dtype.
+
+    Raises:
+        KeyError: an op without an example.
+    """
+    return EXAMPLES[name](_Maker(torch.device(device), dtype))

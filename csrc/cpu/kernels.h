@@ -1,0 +1,122 @@
+// The boundary between op bodies (compiled once) and kernels (compiled once per instruction set).
+//
+// A body takes tensors apart into the plain structs below and calls kernels through a table of function
+// pointers. Kernels know nothing of torch, and include no header whose inline functions could leak into
+// other translation units with instructions that the machine may not have.
+#pragma once
+
+#include <cstdint>
+
+namespace bpfree::cpu {
+
+enum class Activation { identity, relu, leaky_relu, tanh, sigmoid, hardtanh, sign };
+
+enum class Loss { ce, bce, mse };
+
+// What becomes of a gradient: kept, added to another, or turned into an update of the weight.
+enum class Rule { store, accumulate, sgd, sgd_momentum, sgd_nesterov, adam, adamw };
+
+// An update rule with everything that does not change within a step worked out beforehand.
+template <class T>
+struct UpdateRule {
+  Rule rule;
+  T lr;
+  T beta1;  // momentum for SGD
+  T beta2;
+  T rest1;  // 1 - beta1 and 1 - beta2, formed in double: in float the difference loses digits
+  T rest2;
+  T eps;
+  T weight_decay;
+  T step_size;         // Adam: lr / (1 - beta1^t)
+  T inv_sqrt_correct;  // Adam: 1 / sqrt(1 - beta2^t)
+};
+
+// Where a gradient goes: the weight and its state, or for store and accumulate the gradient tensor.
+template <class T>
+struct Target {
+  UpdateRule<T> rule;
+  T* value;
+  T* m;
+  T* v;
+
+  // Inlined always: kernels of every instruction set call it.
+  __attribute__((always_inline)) Target at(int64_t offset) const {
+    return {rule, value + offset, m ? m + offset : nullptr, v ? v + offset : nullptr};
+  }
+};
+
+// x [batch, in] as the kernels read it: rows for the update, transposed panels for the forward product.
+template <class T>
+struct Input {
+  const T* rows;
+  const T* panels;
+  int64_t batch;
+  int64_t in;
+};
+
+template <class T>
+struct DrtpLinear {
+  Input<T> x;
+  const T* weight;     // [out, in]
+  const T* bias;       // [out] or null
+  const T* feedback;   // [classes, out]
+  const int32_t* labels;  // -1 for a label out of range
+  int64_t out;
+  Activation activation;
+  T slope;
+  T* output;           // [batch, out]
+  Target<T> to_weight;
+  Target<T> to_bias;   // value is null without a bias
+};
+
+template <class T>
+struct Kernels {
+  // Samples in a full panel of packed input; panels hold `in` rows of that many samples.
+  int64_t panel;
+  // Output rows that one work item of drtp_rows and forward_rows handles.
+  int64_t row_block;
+  // Input columns that one work item of update_columns handles.
+  int64_t column_block;
+
+  // Transposes x into panels, for input columns [begin, end).
+  void (*pack)(const T* x, int64_t batch, int64_t in, T* panels, int64_t begin, int64_t end);
+  // The fused DRTP layer for row blocks [begin, end); scratch as drtp_scratch says.
+  void (*drtp_rows)(const DrtpLinear<T>&, int64_t begin, int64_t end, T* scratch);
+  int64_t (*drtp_scratch)(int64_t batch);
+  // z = x W^T + bias into z [batch, out], for row blocks [begin, end).
+  void (*forward_rows)(const Input<T>&, const T* weight, const T* bias, int64_t out, T* z,
+                       int64_t begin, int64_t end, T* scratch);
+  int64_t (*forward_scratch)(int64_t batch);
+  // Output, error, signal and loss of samples [begin, end) from logits; output may be the logits.
+  void (*classify)(Loss, const int32_t* labels, int64_t classes, T scale, T* output, T* error,
+                   T* signal, T* loss, int64_t begin, int64_t end);
+  // Gradient of the weight, signal^T x, for column blocks [begin, end), sent to its target.
+  void (*update_columns)(const T* signal, int64_t out, const Input<T>&, const Target<T>&,
+                         int64_t begin, int64_t end, T* scratch);
+  int64_t (*update_scratch)(int64_t batch);
+  // Gradient of the bias: the signal summed over the batch, sent to its target.
+  void (*update_bias)(const T* signal, int64_t stride, int64_t out, int64_t batch, const Target<T>&);
+  // y = f(z) and signal = feedback[label] f'(z), for samples [begin, end) of `size` values each.
+  void (*signal)(Activation, T slope, const T* z, const T* feedback, const int32_t* labels,
+                 int64_t size, T* y, T* signal, int64_t begin, int64_t end);
+  // Sends gradient elements [begin, end) to their target.
+  void (*apply)(const T* gradient, const Target<T>&, int64_t begin, int64_t end);
+};
+
+// The kernels of one instruction set; a specialisation is defined by isa_kernels.cpp for each.
+namespace baseline {
+template <class T>
+const Kernels<T>& table();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+template <class T>
+const Kernels<T>& table();
+}
+namespace avx512 {
+template <class T>
+const Kernels<T>& table();
+}
+#endif
+
+}  // namespace bpfree::cpu

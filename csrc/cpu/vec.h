@@ -1,0 +1,104 @@
+// Vectors of the instruction set that this translation unit is compiled for, by GCC/Clang's vector
+// extension: the same source serves AVX-512, AVX2, SSE2 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef BPFREE_ISA
+#error "vec.h belongs to the kernels that are compiled per instruction set (isa_kernels.cpp)"
+#endif
+
+namespace bpfree::cpu::BPFREE_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kVectorRegisters = 16;
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kVectorRegisters = 16;
+#endif
+
+template <class T>
+struct VecTraits;
+template <>
+struct VecTraits<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VecTraits<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+using Vec = typename VecTraits<T>::type;
+template <class T>
+using VecBits = typename VecTraits<T>::bits;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <class T>
+inline Vec<T> load(const T* from) {
+  Vec<T> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* to, Vec<T> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// The first `count` elements (fewer than a vector), zeros behind them.
+template <class T>
+inline Vec<T> load_some(const T* from, int64_t count) {
+  Vec<T> v = {};
+  std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store_some(T* to, Vec<T> v, int64_t count) {
+  std::memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <class T>
+inline Vec<T> splat(T value) {
+  return value - Vec<T>{};  // unlike value + {}, this keeps a negative zero
+}
+
+template <class T>
+inline T sum(Vec<T> v) {
+  T total = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) total += v[i];
+  return total;
+}
+
+// Calls f with whole vectors of [0, count) first and then with the rest, as f(offset, lanes).
+template <class T, class F>
+inline void for_vectors(int64_t count, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) f(i, kLanes<T>);
+  if (i < count) f(i, count - i);
+}
+
+template <class T>
+inline Vec<T> load_lanes(const T* from, int64_t lanes) {
+  return lanes == kLanes<T> ? load(from) : load_some(from, lanes);
+}
+
+template <class T>
+inline void store_lanes(T* to, Vec<T> v, int64_t lanes) {
+  if (lanes == kLanes<T>) {
+    store(to, v);
+  } else {
+    store_some(to, v, lanes);
+  }
+}
+
+}  // namespace bpfree::cpu::BPFREE_ISA
