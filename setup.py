@@ -112,9 +112,9 @@ def write_ninja_file(build_dir: Path, library: Path, host: Path) -> None:
             source = csrc / "cpu" / "isa_kernels.cpp"
             objects.append(compile_(source, f"isa_{isa}", [*isa_flags, f"-DBPFREE_ISA={isa}"]))
         bodies = sorted((csrc / "cpu").glob("*.cpp"))
-        for source in [*bodies, csrc / "bindings.cpp"]:
-            if source.name != "isa_kernels.cpp":
-                objects.append(compile_(source, source.stem, torch_flags))
+        bodies = [path for path in bodies if path.name != "isa_kernels.cpp"]
+        bodies.append(csrc / "bindings.cpp")
+        objects += [compile_(source, source.stem, torch_flags) for source in bodies]
         torch_link = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10 {' '.join(sanitizer_flags())}"
         n.build(str(library), "link", objects, variables={"flags": torch_link})
         host_object = compile_(csrc / "host.cpp", "host", python_flags + build_facts())
@@ -147,7 +147,8 @@ class BuildExtension(build_ext):
         for source, target in zip(built, self._outputs(self._package_dir()), strict=True):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
-        say(f"CPU extension: built with {compiler()}, for torch {'.'.join(map(str, TORCH_TARGET))}+.")
+        oldest = ".".join(map(str, TORCH_TARGET))
+        say(f"CPU extension: built with {compiler()}, for torch {oldest} and later.")
         say("GPU kernels: Triton's, compiled at first use; nothing to build.")
 
     def get_outputs(self) -> list[str]:

@@ -38,9 +38,7 @@ def resolve_activation(activation: str, slope: float | None) -> tuple[str, float
         ValueError: unknown name, a slope for an activation that has none, or one that is not positive.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}."
-        )
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
     if activation not in DEFAULT_SLOPE:
         if slope is not None:
             raise ValueError(f"slope has no meaning for activation {activation!r}, got {slope}.")

@@ -89,7 +89,7 @@ def labels(tensor: Tensor, batch: int, classes: int, device: torch.device) -> No
         return  # a compiled graph cannot branch on values; the bodies are safe without
     if tensor.device.type == "cpu" or (_check_labels_on_gpu and tensor.is_cuda):
         low, high = torch.aminmax(tensor)
-        if low < 0 or high >= classes:
+        if low.item() < 0 or high.item() >= classes:
             position = int(torch.nonzero((tensor < 0) | (tensor >= classes))[0])
             raise IndexError(
                 f"labels must lie in [0, {classes}), got {int(tensor[position])} "

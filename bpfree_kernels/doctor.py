@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import importlib.util
 import platform
@@ -115,10 +114,8 @@ def _smoke_error(name: str, backend: str, device: str) -> float:
 
 def _tensors(result: Any, args: tuple[Any, ...]) -> list[Tensor]:
     """What a call returned and what it may have changed."""
-    returned = copy.copy(result) if isinstance(result, tuple) else (result,)
-    return [
-        t for t in (*returned, *args) if isinstance(t, Tensor) and t.is_floating_point()
-    ]
+    returned = result if isinstance(result, tuple) else (result,)
+    return [t for t in (*returned, *args) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -129,7 +126,9 @@ def render(facts: dict[str, Any]) -> str:
         lines += [f"  {name}: {_flat(value)}" for name, value in facts[title].items()]
     lines.append("backends:")
     for name, state in facts["backends"].items():
-        lines.append(f"  {name}: {'usable' if state['usable'] else 'not usable'}, {state['reason']}")
+        lines.append(
+            f"  {name}: {'usable' if state['usable'] else 'not usable'}, {state['reason']}"
+        )
     lines += ["choices:", *(f"  {sentence}" for sentence in facts["choices"].values())]
     lines.append("smoke tests (largest difference from the float64 reference):")
     for test in facts["smoke"]:

@@ -1,0 +1,58 @@
+"""``make gpu``: every GPU test and the GPU benchmarks, in one run and one result file.
+
+Needs a GPU and torch, triton and pytest as they are on the machine; no network. Stops the benchmarks in
+time to be done within nine minutes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+LIMIT_SECONDS = 9 * 60
+RESULTS = Path("docs/results")
+
+
+def _run(title: str, *arguments: str, seconds: float) -> int:
+    print(f"== {title}", flush=True)
+    try:
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.run(command, timeout=max(seconds, 1), check=False).returncode
+    except subprocess.TimeoutExpired:
+        print(f"{title}: stopped after {seconds:.0f} s")
+        return 124
+
+
+def main() -> int:
+    """Run the doctor, the tests and the benchmarks; the exit status is 0 only if all three passed."""
+    if not torch.cuda.is_available():
+        print("make gpu needs a GPU that torch can see; this machine has none.")
+        return 1
+    start = time.monotonic()
+
+    def left() -> float:
+        return LIMIT_SECONDS - (time.monotonic() - start)
+
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    target = RESULTS / f"gpu-{name}"
+    statuses = [
+        _run("doctor", "bpfree_kernels", seconds=60),
+        _run(
+            "tests", "pytest", "tests/kernels", "tests/api", "-q", "-k", "cuda or gpu",
+            "-p", "no:cacheprovider", seconds=min(left(), 240),
+        ),
+        _run(
+            "benchmarks", "pytest", "benchmarks/bench_drtp.py", "-q", "-k", "cuda",
+            "--results", str(target), seconds=left(),
+        ),
+    ]  # fmt: skip
+    print(f"{time.monotonic() - start:.0f} s; statuses (doctor, tests, benchmarks): {statuses}")
+    return max(statuses)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
