@@ -134,11 +134,6 @@ class BuildExtension(build_ext):
         return (ROOT if in_place else Path(self.build_lib).resolve()) / "bpfree_kernels"
 
     def run(self) -> None:
-        reason = why_no_extension()
-        if reason is not None:
-            say(f"CPU extension: not built, because {reason}.")
-            say("The package is pure Python: every op runs its plain PyTorch body on the CPU.")
-            return
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         built = self._outputs(build_dir)
@@ -158,6 +153,10 @@ class BuildExtension(build_ext):
         return {}  # in-place builds are copied by run()
 
 
+reason = why_no_extension()
+if reason is not None:
+    say(f"CPU extension: not built, because {reason}.")
+    say("The package is pure Python: every op runs its plain PyTorch body on the CPU.")
 version = re.search(r'__version__ = "(.+)"', (ROOT / "bpfree_kernels/_version.py").read_text())
 setup(
     version=version.group(1),
@@ -165,6 +164,6 @@ setup(
     package_dir={"bpfree": "python_api/bpfree"},
     package_data={"bpfree_kernels": ["py.typed"], "bpfree": ["py.typed"]},
     # One entry stands for everything that BuildExtension makes.
-    ext_modules=[Extension("bpfree_kernels._host", [])] if why_no_extension() is None else [],
+    ext_modules=[Extension("bpfree_kernels._host", [])] if reason is None else [],
     cmdclass={"build_ext": BuildExtension},
 )

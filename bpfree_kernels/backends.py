@@ -28,7 +28,9 @@ import torch
 BACKENDS = ("cpp", "triton", "reference")
 """Every backend name that ``backend=`` accepts."""
 
-_EXTENSION = Path(__file__).parent / "lib" / "libbpfree_cpu.so"
+EXTENSION = Path(__file__).parent / "lib" / "libbpfree_cpu.so"
+"""The compiled extension, if it was built."""
+
 _DISABLE = "BPFREE_DISABLE"
 
 
@@ -61,17 +63,17 @@ def _disabled(backend: str) -> bool:
 def _load_extension() -> Status:
     if _disabled("cpp"):
         return Status(False, f"switched off by {_DISABLE}={os.environ[_DISABLE]}")
-    if not _EXTENSION.exists():
+    if not EXTENSION.exists():
         return Status(
             False,
-            f"the extension was not built ({_EXTENSION.name} is missing); with torch and a C++17 "
+            f"the extension was not built ({EXTENSION.name} is missing); with torch and a C++17 "
             "compiler at hand, run: pip install --no-build-isolation --force-reinstall .",
         )
     try:
-        torch.ops.load_library(str(_EXTENSION))
+        torch.ops.load_library(str(EXTENSION))
     except OSError as error:
         return Status(False, f"the extension does not load: {error}")
-    return Status(True, f"loaded {_EXTENSION.name}")
+    return Status(True, f"loaded {EXTENSION.name}")
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import sys
 from pathlib import Path
@@ -72,7 +71,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _extension() -> dict[str, Any]:
-    if importlib.util.find_spec("bpfree_kernels._host") is None:
+    if not backends.EXTENSION.exists():
         return {"built": False, "reason": backends.status("cpp").reason}
     from bpfree_kernels import _host
 
