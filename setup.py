@@ -141,7 +141,10 @@ class BuildExtension(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir)], check=True)
         for source, target in zip(built, self._outputs(self._package_dir()), strict=True):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
+            # A new file in the old one's place: a process that runs the old one keeps it.
+            partial = target.with_name(target.name + ".part")
+            shutil.copy2(source, partial)
+            os.replace(partial, target)
         oldest = ".".join(map(str, TORCH_TARGET))
         say(f"CPU extension: built with {compiler()}, for torch {oldest} and later.")
         say("GPU kernels: Triton's, compiled at first use; nothing to build.")

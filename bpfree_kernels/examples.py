@@ -21,10 +21,12 @@ class _Maker:
         self._device, self._dtype = device, dtype
 
     def normal(self, *shape: int) -> Tensor:
+        """Standard normal values, the same on every device and in every dtype."""
         values = torch.randn(shape, generator=self._generator, dtype=torch.float64)
         return values.to(self._device, self._dtype)
 
     def labels(self) -> Tensor:
+        """Labels in which every class appears."""
         return torch.arange(BATCH, device=self._device) % CLASSES
 
     def adam(self, weight: Tensor, bias: Tensor) -> tuple[Any, ...]:
