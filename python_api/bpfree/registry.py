@@ -1,0 +1,118 @@
+"""Every learning rule by name, with what the command line and the demo need to know about it.
+
+A new rule is one entry in `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.plain import PlainDRTP
+from bpfree.rules.base import Learner
+from bpfree.rules.bp import BP
+from bpfree.rules.drtp import DRTP
+from bpfree.rules.shallow import Shallow
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+"""Optimizers by name."""
+
+
+class MakeLearner(Protocol):
+    """What the learners' constructors have in common."""
+
+    def __call__(
+        self,
+        model: nn.Sequential,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: str,
+        seed: int,
+    ) -> Learner:
+        """Make a learner."""
+
+
+class PlainStep(Protocol):
+    """A rule written down in plain PyTorch, the way its authors did: what the kernels replace."""
+
+    def step(self, x: Tensor, y: Tensor) -> object:
+        """Learn one batch: x [N, ...], y int64 [N]."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A learning rule and its default hyper-parameters.
+
+    Attributes:
+        title: its name in tables.
+        learner: makes the learner.
+        loss: default loss of the output layer, the one of the rule's paper.
+        lr: default learning rate, for Adam.
+        demo_lr: learning rate (Adam) for the demo's small net and data.
+        plain: makes the plain-PyTorch formulation for the model and the feedback of a learner;
+            ``None`` for baselines, which are plain PyTorch themselves.
+    """
+
+    title: str
+    learner: MakeLearner
+    loss: str
+    lr: float
+    demo_lr: float
+    plain: Callable[[Learner, nn.Sequential, torch.optim.Optimizer], PlainStep] | None = None
+
+
+def _plain_drtp(
+    learner: Learner, model: nn.Sequential, optimizer: torch.optim.Optimizer
+) -> PlainStep:
+    return PlainDRTP(model, learner.feedback, optimizer, learner.loss)
+
+
+# Learning rates: the DRTP paper's for its fully connected nets, for all three.
+RULES = {
+    "drtp": Rule("DRTP", DRTP, "bce", 1.5e-4, 1e-3, _plain_drtp),
+    "shallow": Rule("Shallow", Shallow, "bce", 1.5e-4, 1e-3),
+    "bp": Rule("BP", BP, "ce", 1.5e-4, 1e-3),
+}
+"""Every rule by the name that ``--rule`` takes."""
+
+
+def find_rule(name: str) -> Rule:
+    """The rule of a name; ValueError that lists the names if there is none."""
+    if name not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {name!r}.")
+    return RULES[name]
+
+
+def make_optimizer(
+    params: Iterable[nn.Parameter],
+    name: str,
+    lr: float,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
+) -> torch.optim.Optimizer:
+    """Make a torch optimizer by name.
+
+    Args:
+        params: what it optimises.
+        name: one of `OPTIMIZERS`.
+        lr: learning rate.
+        momentum: of SGD, 0 if not given; the others have none.
+        weight_decay: torch's default if not given (0.01 for AdamW, 0 for the others).
+
+    Raises:
+        ValueError: an unknown name, a momentum where it has no meaning, or a value out of range.
+    """
+    options: dict[str, Any] = {} if weight_decay is None else {"weight_decay": weight_decay}
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=lr, momentum=momentum or 0.0, **options)
+    if momentum is not None:
+        raise ValueError(f"momentum has no meaning for {name}, only for sgd.")
+    if name == "adam":
+        return torch.optim.Adam(params, lr=lr, **options)
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr=lr, **options)
+    raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")

@@ -1,0 +1,252 @@
+"""One training run of the command line: from options to a folder with weights, numbers and curve.
+
+A run can be interrupted and resumed: the checkpoint is written at the start and after every epoch,
+and a resumed run goes on as if nothing had happened (bit for bit on the CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+
+from bpfree import checkpoint, data
+from bpfree._extras import train_extra
+from bpfree.device import pick_device
+from bpfree.metrics import write_metrics
+from bpfree.models import build_model
+from bpfree.plots import learning_curve
+from bpfree.registry import find_rule, make_optimizer
+from bpfree.results import BatchInfo, EpochResult
+
+STANDARDIZED = ("cifar-10",)
+"""Data sets that are standardised unless asked otherwise, as in the DRTP authors' code."""
+
+_MAY_CHANGE = ("epochs", "device", "threads")  # when a run is resumed; the rest defines the run
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on as asked; the message says what to do."""
+
+
+class Follower(Protocol):
+    """Whoever is told how a run goes on."""
+
+    def on_batch(self, info: BatchInfo) -> None:
+        """A batch was learned."""
+
+    def on_epoch(self, result: EpochResult) -> None:
+        """An epoch is finished and saved."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train and how: the options of ``bpfree train``, every default filled in.
+
+    ``None`` is left only where torch has the default: `momentum`, `weight_decay`, `threads`.
+    """
+
+    rule: str
+    model: str
+    data: str
+    epochs: int
+    batch_size: int
+    lr: float
+    optimizer: str
+    momentum: float | None
+    weight_decay: float | None
+    loss: str
+    activation: str
+    dropout: float
+    standardize: bool
+    seed: int
+    device: str
+    threads: int | None
+
+    @classmethod
+    def with_defaults(
+        cls,
+        *,
+        rule: str,
+        data: str,
+        lr: float | None = None,
+        loss: str | None = None,
+        standardize: bool | None = None,
+        device: str | None = None,
+        **others: Any,
+    ) -> Self:
+        """Fill in what depends on the rule (`lr`, `loss`), the data set and the machine (`device`).
+
+        Raises:
+            ValueError: an unknown rule.
+            DeviceError: a device that does not exist here.
+        """
+        chosen = find_rule(rule)
+        return cls(
+            rule=rule,
+            data=data,
+            lr=chosen.lr if lr is None else lr,
+            loss=chosen.loss if loss is None else loss,
+            standardize=data in STANDARDIZED if standardize is None else standardize,
+            device=pick_device(device),
+            **others,
+        )
+
+
+class TrainRun:
+    """A run that is set up: data loaded, learner made, and the checkpoint read if it is resumed.
+
+    Attributes:
+        config: what is trained.
+        out: the folder that takes the results.
+        dataset: the data, on the device.
+        learner: the learner.
+        history: results of the finished epochs.
+    """
+
+    def __init__(
+        self, config: TrainConfig, out: Path, data_dir: Path | None = None, *, resume: bool = False
+    ) -> None:
+        """Set a run up.
+
+        Args:
+            config: what to train and how.
+            out: folder for the results, made if it is not there.
+            data_dir: folder to look for the data set in first.
+            resume: go on from the checkpoint in `out`.
+
+        Raises:
+            ValueError: an unknown name, an option out of range, or a model that does not fit.
+            DataError: the data set is missing or damaged.
+            RunError: `out` cannot be made, holds a run although `resume` is off, or holds none or
+                another one although it is on.
+            MissingExtraError: a package that the run needs is not installed.
+        """
+        with train_extra("Training"):
+            import matplotlib  # noqa: F401  missing is better found now than after the training
+        self.config = config
+        self.out = out
+        self._checkpoint = out / "checkpoint.pt"
+        self._check_out(resume)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(
+            config.seed
+        )  # for dropout; weights, feedback and shuffling have their own
+        dataset = data.load(config.data, data_dir)
+        device = torch.device(config.device)
+        self.dataset = (dataset.standardized() if config.standardize else dataset).to(device)
+        model = build_model(
+            config.model,
+            dataset.input_shape,
+            dataset.classes,
+            activation=config.activation,
+            dropout=config.dropout,
+            seed=config.seed,
+        ).to(device)
+        optimizer = make_optimizer(
+            model.parameters(), config.optimizer, config.lr, config.momentum, config.weight_decay
+        )
+        make_learner = find_rule(config.rule).learner
+        self.learner = make_learner(model, optimizer, loss=config.loss, seed=config.seed)
+        self.history: list[EpochResult] = self._resume() if resume else []
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are finished."""
+        return self.history[-1].epoch if self.history else 0
+
+    @property
+    def batches(self) -> int:
+        """Batches in an epoch, of which the last may be smaller."""
+        return -(-len(self.dataset.train_y) // self.config.batch_size)
+
+    def train(self, follower: Follower) -> bool:
+        """Train up to the last epoch, or until Ctrl-C.
+
+        The folder then holds ``checkpoint.pt``, ``metrics.json``, ``metrics.csv`` and, after at least
+        one epoch, ``learning_curve.png``.
+
+        Returns:
+            Whether the last epoch was reached.
+        """
+        config, dataset = self.config, self.dataset
+        finished = True
+        try:
+            if not self.history:
+                self._save(self.history)  # Ctrl-C in the first epoch leaves something, too
+
+            def on_epoch(result: EpochResult) -> None:
+                self._save([*self.history, result])
+                self.history.append(result)
+                self._write_metrics()
+                follower.on_epoch(result)
+
+            self.learner.fit(
+                (dataset.train_x, dataset.train_y),
+                max(0, config.epochs - self.epoch),
+                config.batch_size,
+                validation=(dataset.test_x, dataset.test_y),
+                seed=config.seed,
+                start_epoch=self.epoch,
+                on_batch=follower.on_batch,
+                on_epoch=on_epoch,
+            )
+        except KeyboardInterrupt:
+            finished = False
+        self._write_metrics()
+        if self.history:
+            title = f"{find_rule(config.rule).title}, {config.model}, {config.data}"
+            learning_curve(self.out / "learning_curve.png", self.history, title)
+        return finished
+
+    def _check_out(self, resume: bool) -> None:
+        there = self._checkpoint.exists()
+        if resume and not there:
+            raise RunError(f"{self.out} holds no run to resume: leave --resume out to start one.")
+        if there and not resume:
+            raise RunError(
+                f"{self.out} holds a run already: add --resume to go on with it, "
+                "or name another folder with --out."
+            )
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"{self.out} cannot be made ({error.strerror}): name another folder with --out."
+            ) from error
+
+    def _resume(self) -> list[EpochResult]:
+        """Put the learner in the state of the checkpoint, if that is of the same run."""
+        saved = checkpoint.load(self._checkpoint)
+        before = (saved["extra"] or {}).get("config")
+        if before is None:
+            raise RunError(
+                f"{self._checkpoint} was not written by bpfree train: name another --out."
+            )
+        for name, value in asdict(self.config).items():
+            if name not in _MAY_CHANGE and before.get(name) != value:
+                raise RunError(
+                    f"{self.out} was trained with {name} {before.get(name)}, not {value}: resume it "
+                    "with the same options, or start another run with --out."
+                )
+        checkpoint.restore(self.learner, saved)
+        history: list[EpochResult] = saved["history"]
+        return history
+
+    def _save(self, history: Iterable[EpochResult]) -> None:
+        done = list(history)
+        checkpoint.save(
+            self._checkpoint,
+            self.learner,
+            epoch=done[-1].epoch if done else 0,
+            history=done,
+            extra={"config": asdict(self.config)},
+        )
+
+    def _write_metrics(self) -> None:
+        config = asdict(self.config) | {"data_source": self.dataset.source}
+        write_metrics(self.out, config, self.history)

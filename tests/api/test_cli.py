@@ -1,0 +1,334 @@
+"""The command line: a run and its files, resuming bit for bit, Ctrl-C, and one sentence per mistake."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+import bpfree
+from bpfree import __version__, checkpoint, data, progress
+from bpfree.cli import app
+from bpfree.metrics import error_percent, summarize, write_metrics
+from bpfree.registry import RULES, make_optimizer
+from bpfree.results import BatchInfo, EpochResult
+
+TINY = ["--model", "fc1-16", "--batch-size", "100", "--device", "cpu"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def train(out: Path, *arguments: str) -> Result:
+    return run("train", *TINY, "--out", str(out), *arguments)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(out / "checkpoint.pt")["learner"]["model"]
+
+
+def result(epoch: int, accuracy: float | None = 0.9, loss: float = 0.5) -> EpochResult:
+    return EpochResult(
+        epoch, loss, 0.8, None if accuracy is None else loss, accuracy, 2.0, 30.0, 0.1
+    )
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"bpfree {__version__}\n"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_train_prints_a_line_for_each_epoch_and_leaves_its_files(rule: str, tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "--rule", rule, "--epochs", "3", "--lr", "0.01", "--seed", "3")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5
+    assert "1,437 training and 360 test images" in lines[0]
+    assert lines[1].startswith("epoch 1/3  loss ")
+    assert lines[-1].startswith("Test error ")
+    assert "after epoch 3, mean of the last 3 epochs" in lines[-1]
+
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["config"]["lr"] == 0.01
+    assert metrics["config"]["loss"] == RULES[rule].loss
+    assert metrics["config"]["data_source"] == "scikit-learn"
+    assert metrics["versions"]["torch"] == torch.__version__
+    errors = [100 * (1 - epoch["test_accuracy"]) for epoch in metrics["history"]]
+    assert metrics["final_test_error_percent"] == pytest.approx(errors[-1])
+    assert metrics["mean_test_error_percent_last_10"] == pytest.approx(sum(errors) / 3)
+    assert metrics["epochs_averaged"] == 3
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[2]["test_accuracy"]) == metrics["history"][2]["test_accuracy"]
+    assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoint.pt", "learning_curve.png", "metrics.csv", "metrics.json",
+    ]  # fmt: skip
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    train(tmp_path, "--epochs", "20", "--lr", "0.005", "--model", "fc1-64")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["history"][0]["test_accuracy"] < 0.85
+    assert metrics["final_test_error_percent"] < 10
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_resumed_run_is_bit_identical(optimizer: str, tmp_path: Path) -> None:
+    momentum = ["--momentum", "0.9"] if optimizer == "sgd" else []
+    options = ["--optimizer", optimizer, "--lr", "0.01", "--dropout", "0.2", *momentum]
+    assert train(tmp_path / "whole", *options, "--epochs", "2").exit_code == 0
+    assert train(tmp_path / "parts", *options, "--epochs", "1").exit_code == 0
+    first = weights(tmp_path / "parts")
+    resumed = train(tmp_path / "parts", *options, "--epochs", "2", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "Resuming after epoch 1." in resumed.stdout
+    assert "epoch 2/2" in resumed.stdout
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not any(torch.equal(whole[name], first[name]) for name in whole)
+    history = json.loads((tmp_path / "parts" / "metrics.json").read_text())["history"]
+    assert [epoch["epoch"] for epoch in history] == [1, 2]
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    train(tmp_path, "--epochs", "1")
+    before = weights(tmp_path)
+    again = train(tmp_path, "--epochs", "1", "--resume")
+    assert again.exit_code == 0
+    assert "after epoch 1" in again.stdout
+    after = weights(tmp_path)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_existing_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
+    refused = train(tmp_path / "new", "--resume")
+    assert refused.exit_code == 1
+    assert "holds no run to resume" in refused.stderr
+    train(tmp_path / "old", "--epochs", "1")
+    refused = train(tmp_path / "old", "--epochs", "1")
+    assert refused.exit_code == 1
+    assert "holds a run already: add --resume" in refused.stderr
+    refused = train(tmp_path / "old", "--epochs", "2", "--resume", "--lr", "0.5")
+    assert refused.exit_code == 1
+    assert "was trained with lr 0.00015, not 0.5: resume it with the same" in refused.stderr
+
+
+def test_a_checkpoint_that_training_did_not_write(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+    checkpoint.save(tmp_path / "checkpoint.pt", bpfree.Shallow(model), epoch=0)
+    refused = train(tmp_path, "--resume")
+    assert refused.exit_code == 1
+    assert "checkpoint.pt was not written by bpfree train" in refused.stderr
+
+
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path) -> None:
+    command = ["train", *TINY, "--out", str(tmp_path / "run"), "--dropout", "0.1"]
+    program = [sys.executable, "-c", "from bpfree.cli import app; app()"]
+    process = subprocess.Popen(
+        [*program, *command, "--epochs", "1000000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                process.send_signal(signal.SIGINT)
+                break
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "To go on, give the same command with --resume." in err
+    assert "Traceback" not in err
+    assert "Test error" in out
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert saved["epoch"] >= 2
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+
+    last = str(saved["epoch"] + 1)
+    assert run(*command, "--epochs", last, "--resume").exit_code == 0
+    assert train(tmp_path / "whole", "--dropout", "0.1", "--epochs", last).exit_code == 0
+    resumed, whole = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: object, info: BatchInfo) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(progress.LineReporter, "on_batch", interrupt)
+        stopped = train(tmp_path / "run", "--epochs", "1")
+    assert stopped.exit_code == 130
+    assert "holds a checkpoint after epoch 0" in stopped.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["history"] == []
+    assert train(tmp_path / "run", "--epochs", "1", "--resume").exit_code == 0
+    assert train(tmp_path / "whole", "--epochs", "1").exit_code == 0
+    resumed, whole = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rule", "magic"], "rule must be one of drtp, shallow, bp"),
+        (["--model", "vgg"], "model must be fc<L>-<H>"),
+        (["--data", "svhn"], "data set must be one of digits, mnist"),
+        (
+            ["--data", "mnist", "--data-dir", "nowhere"],
+            "nowhere, given by data_dir, is not a folder",
+        ),
+        (["--loss", "l7"], "loss must be one of"),
+        (["--activation", "swish"], "activation must be one of tanh"),
+        (["--optimizer", "lion"], "optimizer must be one of adam, adamw, sgd, got 'lion'"),
+        (["--momentum", "0.9"], "momentum has no meaning for adam, only for sgd"),
+        (["--dropout", "1"], "dropout must lie in [0, 1), got 1.0"),
+        (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BPFREE_DATA", raising=False)
+    refused = train(tmp_path / "run", "--epochs", "1", *arguments)
+    assert refused.exit_code == 1
+    assert sentence in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_out_that_cannot_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused = train(tmp_path / "file" / "run")
+    assert refused.exit_code == 1
+    assert "cannot be made" in refused.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(tmp_path: Path) -> None:
+    for refused in (train(tmp_path, "--device", "cuda"), run("demo", "--device", "cuda")):
+        assert refused.exit_code == 1
+        assert "torch sees no CUDA device here: use --device cpu." in refused.stderr
+
+
+def test_cifar_is_standardised_unless_asked_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(20, 3, 32, 32, generator=generator), torch.arange(20) % 10
+    seen: list[float] = []
+
+    class Recorded(data.Dataset):
+        def to(self, device: torch.device | str) -> data.Dataset:
+            seen.append(float(self.train_x.mean()))
+            return super().to(device)
+
+    dataset = Recorded("cifar-10", x, y, x, y, 10, "here")
+    monkeypatch.setattr("bpfree.data.load", lambda *_: dataset)
+    for name, option in (("a", []), ("b", ["--no-standardize"])):
+        done = train(tmp_path / name, "--data", "cifar-10", "--epochs", "1", *option)
+        assert done.exit_code == 0, done.output
+    assert seen[0] == pytest.approx(0, abs=1e-5)
+    assert seen[1] == pytest.approx(0.5, abs=0.05)
+
+
+def test_threads(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert train(tmp_path, "--epochs", "1", "--threads", "1").exit_code == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_doctor_hands_over_to_the_kernels_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def main(arguments: list[str]) -> int:
+        calls.append(arguments)
+        return 1
+
+    monkeypatch.setattr("bpfree_kernels.doctor.main", main)
+    assert run("doctor").exit_code == 1
+    assert run("doctor", "--json").exit_code == 1
+    assert calls == [[], ["--json"]]
+
+
+def test_a_missing_extra_is_named_with_the_way_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice = r'install it with pip install "bpfree-kernels[train]".'
+    for module in ("sklearn.datasets", "matplotlib"):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, module, None)
+            refused = train(tmp_path)
+        assert refused.exit_code == 1
+        assert f"needs the package {module.split('.')[0]}: {advice}" in refused.stderr
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "bpfree.cli")
+    with pytest.raises(SystemExit, match="needs the package typer"):
+        importlib.import_module("bpfree.cli")
+
+
+def test_summary_averages_the_last_ten_epochs() -> None:
+    summary = summarize([result(epoch, accuracy=epoch / 100) for epoch in range(1, 21)])
+    assert (summary.epochs, summary.averaged, summary.seconds) == (20, 10, 40.0)
+    assert summary.test_error == pytest.approx(80)
+    assert summary.mean_test_error == pytest.approx(100 - sum(range(11, 21)) / 10)
+
+
+def test_metrics_of_a_diverged_run_are_valid_json(tmp_path: Path) -> None:
+    write_metrics(tmp_path, {}, [result(1, loss=float("nan"), accuracy=None)])
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    assert document["history"][0]["train_loss"] is None
+    assert document["final_test_error_percent"] is None
+    assert str(error_percent(None)) == "nan"
+
+
+def test_the_bar_shows_loss_error_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_INTERVAL", 0.0)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    with progress.BarReporter(console, epochs=2, start_epoch=1, batches=3) as bar:
+        for batch in (1, 2, 3):
+            bar.on_batch(BatchInfo(2, batch, 3, 10, torch.tensor(0.25)))
+        bar.on_epoch(result(2))
+    shown = screen.getvalue()
+    assert "epoch 2/2" in shown
+    assert "test error 10.00 %" in shown
+    assert "30 samples/s" in shown
+
+
+def test_optimizers_take_torchs_defaults_unless_told() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    assert make_optimizer([parameter], "adamw", 0.1).defaults["weight_decay"] == 1e-2
+    sgd = make_optimizer([parameter], "sgd", 0.1, momentum=0.9, weight_decay=1e-3).defaults
+    assert (sgd["momentum"], sgd["weight_decay"], sgd["lr"]) == (0.9, 1e-3, 0.1)
+    assert (
+        make_optimizer([parameter], "adam", 0.1, weight_decay=0.2).defaults["weight_decay"] == 0.2
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("BPFREE_DATA" not in os.environ, reason="BPFREE_DATA names no data sets")
+def test_one_epoch_on_the_real_mnist(tmp_path: Path) -> None:
+    done = train(tmp_path, "--data", "mnist", "--epochs", "1", "--lr", "1e-3")
+    assert done.exit_code == 0, done.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["final_test_error_percent"] < 25

@@ -1,0 +1,90 @@
+"""Named models: their layers, their initial weights, and what a wrong name gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bpfree.models import ACTIVATIONS, build_model
+
+
+def kinds(model: nn.Sequential) -> list[str]:
+    return [type(layer).__name__ for layer in model]
+
+
+def test_fc_net_has_the_layers_of_its_name() -> None:
+    model = build_model("fc2-30", (1, 8, 8), 10)
+    assert kinds(model) == ["Flatten", "Linear", "Tanh", "Linear", "Tanh", "Linear"]
+    assert [tuple(p.shape) for p in model.parameters()] == [
+        (30, 64), (30,), (30, 30), (30,), (10, 30), (10,),
+    ]  # fmt: skip
+    assert model(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_conv_net_for_grey_images_is_the_papers() -> None:
+    model = build_model("conv", (1, 28, 28), 10)
+    assert kinds(model) == ["Conv2d", "Tanh", "MaxPool2d", "Flatten", "Linear", "Tanh", "Linear"]
+    assert [tuple(layer.weight.shape) for layer in model if hasattr(layer, "weight")] == [
+        (32, 1, 5, 5), (1000, 32 * 14 * 14), (10, 1000),
+    ]  # fmt: skip
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_conv_net_for_colour_images_is_the_papers() -> None:
+    model = build_model("conv", (3, 32, 32), 10, activation="relu")
+    block = ["Conv2d", "ReLU", "MaxPool2d"]
+    assert kinds(model) == [*block, *block, "Flatten", *["Linear", "ReLU"] * 2, "Linear"]
+    assert [tuple(layer.weight.shape) for layer in model if hasattr(layer, "weight")] == [
+        (64, 3, 3, 3), (256, 64, 3, 3), (1000, 256 * 8 * 8), (1000, 1000), (10, 1000),
+    ]  # fmt: skip
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_dropout_sits_on_the_input_of_every_linear_layer_only() -> None:
+    model = build_model("conv", (1, 8, 8), 10, dropout=0.25)
+    assert kinds(model) == [
+        "Conv2d", "Tanh", "MaxPool2d", "Flatten", "Dropout", "Linear", "Tanh", "Dropout", "Linear",
+    ]  # fmt: skip
+    assert all(layer.p == 0.25 for layer in model if isinstance(layer, nn.Dropout))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_builds(activation: str) -> None:
+    model = build_model("fc1-4", (5,), 3, activation=activation)
+    assert model(torch.randn(2, 5)).shape == (2, 3)
+
+
+def test_seed_determines_the_weights_and_leaves_the_generator_alone() -> None:
+    before = torch.get_rng_state()
+    first, second = (build_model("fc1-20", (6,), 3, seed=7) for _ in range(2))
+    other = build_model("fc1-20", (6,), 3, seed=8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first[1].weight, second[1].weight)
+    assert not torch.equal(first[1].weight, other[1].weight)
+
+
+def test_weights_are_pytorchs_default_initialisation() -> None:
+    model = build_model("fc1-20", (6,), 3, seed=7)
+    torch.manual_seed(7)
+    for layer in (model[1], model[3]):
+        reference = nn.Linear(layer.in_features, layer.out_features)
+        assert torch.equal(layer.weight, reference.weight)
+        assert torch.equal(layer.bias, reference.bias)
+
+
+@pytest.mark.parametrize("name", ["fc", "fc0-10", "fc1-0", "fc1-", "resnet", "fc1-10x", ""])
+def test_unknown_name_is_refused_with_the_names_that_exist(name: str) -> None:
+    with pytest.raises(ValueError, match=r"model must be fc<L>-<H> .* or conv, got"):
+        build_model(name, (1, 8, 8), 10)
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"activation must be one of tanh, .*, got 'swish'"):
+        build_model("fc1-10", (8,), 10, activation="swish")
+    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1.0"):
+        build_model("fc1-10", (8,), 10, dropout=1.0)
+    with pytest.raises(ValueError, match=r"images of shape .*, got \(2, 8, 8\)"):
+        build_model("conv", (2, 8, 8), 10)
+    with pytest.raises(ValueError, match=r"images of shape .*, got \(64,\)"):
+        build_model("conv", (64,), 10)
