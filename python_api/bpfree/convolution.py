@@ -1,0 +1,75 @@
+"""A convolution's forward and weight gradient without autograd, for rules with their own signal."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _pair(value: tuple[int, ...]) -> tuple[int, int]:
+    return value[0], value[1]
+
+
+class Convolution:
+    """The arguments of a `torch.nn.Conv2d`, read once.
+
+    ``padding="same"`` with an even kernel pads one more on the right and below. torch's convolution
+    takes symmetric padding only, so that one is added to the input beforehand, for the forward and
+    the gradient alike.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self._layer = layer
+        self._dilation = _pair(layer.dilation)
+        self._extra: tuple[int, int] = (0, 0)
+        if isinstance(layer.padding, str):
+            reach = [
+                d * (k - 1) if layer.padding == "same" else 0
+                for d, k in zip(self._dilation, layer.kernel_size, strict=True)
+            ]
+            self._padding = (reach[0] // 2, reach[1] // 2)
+            self._extra = (reach[0] % 2, reach[1] % 2)
+        else:
+            self._padding = _pair(layer.padding)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The input as `forward` and `gradients` want it, [batch, channels, height, width]."""
+        below, right = self._extra
+        return F.pad(x, (0, right, 0, below)) if below or right else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pre-activation z = W ∗ x + b of a padded input (`pad`)."""
+        layer = self._layer
+        return F.conv2d(
+            x, layer.weight, layer.bias, layer.stride, self._padding, self._dilation, layer.groups
+        )
+
+    def gradients(
+        self, x: Tensor, signal: Tensor, *, weight: bool, bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias, summed over batch and space.
+
+        Args:
+            x: padded input (`pad`), [batch, channels, height, width].
+            signal: gradient at z, [batch, out, out_height, out_width].
+            weight: whether the weight's gradient is wanted.
+            bias: whether the bias's gradient is wanted.
+        """
+        layer = self._layer
+        _, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            signal,
+            x,
+            layer.weight,
+            [layer.out_channels] if bias else None,
+            layer.stride,
+            self._padding,
+            self._dilation,
+            False,
+            [0, 0],
+            layer.groups,
+            [False, weight, bias],
+        )
+        return cast(tuple[Tensor | None, Tensor | None], (of_weight, of_bias))

@@ -1,0 +1,31 @@
+"""Fixed random feedback: what carries a label to a hidden layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bpfree import seeds
+
+
+def draw(classes: int, units: tuple[int, ...], *, seed: int, position: int) -> Tensor:
+    """Draw the feedback of one layer, B ~ U(−√(6/n), √(6/n)) with n the number of its units.
+
+    The bound is that of the authors' code, which has n = out for a dense layer and n = O·H·W for a
+    convolution (`torch.nn.init.kaiming_uniform_` of a tensor of this shape).
+
+    Args:
+        classes: number of classes C.
+        units: the layer's units: (out,), or (O, H, W) for a convolution, before pooling.
+        seed: seed of the learner.
+        position: position of the layer in the model; each layer has a generator of its own, so
+            that one layer's feedback depends on no other's.
+
+    Returns:
+        float32, on the CPU, [classes, *units]: the same values for every device and dtype.
+    """
+    bound = math.sqrt(6 / math.prod(units))
+    feedback = torch.empty(classes, *units, dtype=torch.float32, device="cpu")
+    return feedback.uniform_(-bound, bound, generator=seeds.generator("feedback", seed, position))

@@ -1,0 +1,5 @@
+"""Each rule as ordinary PyTorch writes it: what the kernels are measured and tested against."""
+
+from bpfree.plain.drtp import PlainDRTP
+
+__all__ = ["PlainDRTP"]

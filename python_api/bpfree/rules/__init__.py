@@ -1,0 +1,8 @@
+"""The learning rules, one file each."""
+
+from bpfree.rules.base import Learner
+from bpfree.rules.bp import BP
+from bpfree.rules.drtp import DRTP
+from bpfree.rules.shallow import Shallow
+
+__all__ = ["BP", "DRTP", "Learner", "Shallow"]

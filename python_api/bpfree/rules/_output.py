@@ -1,0 +1,39 @@
+"""The output layer, which learns alike in most rules: from the true gradient of its loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import bpfree_kernels as kernels
+from bpfree.optimizers import Updates
+from bpfree.results import StepResult
+from bpfree.rules.base import Learner
+
+
+def learn_output(learner: Learner, x: Tensor, y: Tensor, updates: Updates) -> StepResult:
+    """Run the output layer and let it learn.
+
+    Args:
+        learner: whose output layer, loss and backend.
+        x: input of the output layer, [batch, in].
+        y: class of each sample, [batch].
+        updates: takes the gradients.
+
+    Returns:
+        Loss and output, of the parameters before the update.
+    """
+    layer = learner.network.output.layer
+    weight, bias = layer.weight, layer.bias
+    fused = updates.fused(weight, bias)
+    if fused is not None:
+        result = kernels.classifier_step(
+            x, weight, bias, y, *fused, loss=learner.loss, backend=learner.backend
+        )
+    else:
+        result, of_weight, of_bias = kernels.classifier_grad(
+            x, weight, bias, y, loss=learner.loss, backend=learner.backend
+        )
+        updates.deliver(weight, of_weight)
+        if bias is not None and of_bias is not None:
+            updates.deliver(bias, of_bias)
+    return StepResult(result.loss.mean(), result.output)

@@ -1,0 +1,75 @@
+"""A step of DRTP keeps no activation: its memory does not grow with depth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import bpfree
+
+BATCH, WIDTH = 64, 16
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that ops have returned and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+def peak_of_a_step(rule: type[bpfree.Learner], depth: int) -> int:
+    torch.manual_seed(0)
+    hidden = [
+        m for _ in range(depth) for m in (nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(0.1))
+    ]
+    model = nn.Sequential(*hidden, nn.Linear(WIDTH, 4))
+    learner = rule(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    x, y = torch.randn(BATCH, WIDTH), torch.arange(BATCH) % 4
+    learner.step(x, y)
+    with PeakMemory() as memory:
+        learner.step(x, y)
+    return memory.peak
+
+
+def test_activation_memory_does_not_grow_with_depth() -> None:
+    shallow, deep = (peak_of_a_step(bpfree.DRTP, depth) for depth in (2, 32))
+    activation = BATCH * WIDTH * 4
+    assert activation <= shallow  # or nothing was counted
+    assert deep <= shallow + 256
+
+
+def test_that_of_backprop_does() -> None:
+    """The measurement can fail."""
+    shallow, deep = (peak_of_a_step(bpfree.BP, depth) for depth in (2, 32))
+    assert deep > shallow + 30 * BATCH * WIDTH * 4
+
+
+@pytest.mark.parametrize("depth", [2, 8])
+def test_convolutions_keep_nothing_either(depth: int) -> None:
+    torch.manual_seed(0)
+    hidden = [m for _ in range(depth) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.Tanh())]
+    model = nn.Sequential(*hidden, nn.Flatten(), nn.Linear(4 * 8 * 8, 3))
+    learner = bpfree.DRTP(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    x, y = torch.randn(16, 4, 8, 8), torch.arange(16) % 3
+    learner.step(x, y)
+    with PeakMemory() as memory:
+        learner.step(x, y)
+    assert memory.peak <= 4.5 * x.nbytes  # input, pre-activation, output, signal
