@@ -18,8 +18,8 @@ inline constexpr int kUpdateVectors = 3;
 // Output rows per work item: a multiple of both tiles' rows; its weights stay in the second-level cache
 // between forward and update.
 inline constexpr int kRowBlock = 24;
-// Input features of a panel that are used on all rows of a block while they sit in the first-level cache.
-inline constexpr int64_t kPanelDepth = 96;
+// The part of a panel that is used on all rows of a block while it sits in the first-level cache.
+inline constexpr int64_t kPanelBytes = 24 * 1024;
 
 template <class T>
 inline constexpr int64_t kPanel = kForwardVectors * kLanes<T>;
@@ -103,8 +103,10 @@ inline void forward_tile(const T* weight, int64_t in, const T* panel, int64_t de
 template <class T>
 void forward_block(const T* weight, int64_t rows, const Input<T>& x, T* z) {
   const int64_t stride = padded<T>(x.batch);
-  for (int64_t k0 = 0; k0 < x.in; k0 += kPanelDepth) {
-    const int64_t depth = x.in - k0 < kPanelDepth ? x.in - k0 : kPanelDepth;
+  // A small batch has a narrow panel, so that more features of it fit and W is read in longer runs.
+  const int64_t panel_depth = kPanelBytes / sizeof(T) / panel_width<T>(0, x.batch);
+  for (int64_t k0 = 0; k0 < x.in; k0 += panel_depth) {
+    const int64_t depth = x.in - k0 < panel_depth ? x.in - k0 : panel_depth;
     for (int64_t sample = 0; sample < x.batch; sample += kPanel<T>) {
       const int64_t width = panel_width<T>(sample, x.batch);
       const T* panel = x.panels + sample * x.in + k0 * width;
