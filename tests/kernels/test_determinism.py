@@ -1,0 +1,99 @@
+"""The same call gives the same bits: again, and with any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bpfree_kernels as bk
+from bpfree_kernels import backends
+
+from . import cases
+from .cases import FAMILIES
+
+Target = tuple[str, str]
+
+LARGE = (128, 300, 257, 5)
+MEDIUM = (19, 70, 37, 5)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Put torch's number of threads back afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def everything(
+    family: str, shape: tuple[int, int, int, int], target: Target, dtype: torch.dtype
+) -> list[Tensor]:
+    """All that a family's ops compute: outputs, gradients, parameters and state after two steps."""
+    backend, device = target
+    case = FAMILIES[family](shape, dtype, device)
+    results = list(case.grad(backend))
+    rule = bk.Adam(lr=0.05)
+    state = rule.new_state(case.weight, case.bias)
+    for _ in range(2):
+        results += case.step(rule, state, backend)
+    return [*results, case.weight, case.bias, state.weight.m, state.weight.v, state.bias.v]
+
+
+def elementwise(target: Target, dtype: torch.dtype) -> list[Tensor]:
+    """The signal of a map and an update of a parameter."""
+    backend, device = target
+    generator = torch.Generator().manual_seed(0)
+    z, feedback, param = (
+        torch.randn(size, generator=generator).to(device, dtype)
+        for size in ((3, 70_000 if backend != "triton" else 700), (2, 0), (5, 331))
+    )
+    feedback = z[:2] * 2
+    labels = torch.tensor([1, 0, 1], device=device)
+    results = list(bk.drtp_signal(z, feedback, labels, backend=backend))
+    bk.apply_update(param, param.cos(), bk.SGD(0.1), backend=backend)
+    return [*results, param]
+
+
+def same_bits(results: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether every entry is equal, NaN included nowhere."""
+    return all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_again(family: str, target: Target, dtype: torch.dtype) -> None:
+    """Twice the same call, twice the same bits."""
+    shape = cases.SMALL if target == ("triton", "cpu") else MEDIUM
+    first = everything(family, shape, target, dtype)
+    assert same_bits(first, everything(family, shape, target, dtype))
+    assert same_bits(elementwise(target, dtype), elementwise(target, dtype))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("shape_of_layer", [MEDIUM, LARGE, (257, 17, 1, 3), (1, 300, 257, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype_of_layer", [torch.float32, torch.float64])
+def test_number_of_threads(
+    family: str, dtype_of_layer: torch.dtype, shape_of_layer: tuple[int, int, int, int]
+) -> None:
+    """How the work is shared out must not show in the result."""
+    if not backends.status("cpp").usable:
+        pytest.skip(backends.status("cpp").reason)
+    runs: list[list[Any]] = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        runs.append(
+            everything(family, shape_of_layer, ("cpp", "cpu"), dtype_of_layer)
+            + elementwise(("cpp", "cpu"), dtype_of_layer)
+        )
+    assert all(same_bits(runs[0], run) for run in runs[1:])
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_poison() -> None:
+    """The fixture that the other tests rely on really fills fresh memory with NaN."""
+    assert torch.isnan(torch.empty(3)).all()
+    assert torch.isnan(torch.zeros(3).new_empty(4, 5)).all()

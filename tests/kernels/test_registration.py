@@ -1,0 +1,328 @@
+"""Every op as torch sees it: schemas, fakes, tracing, version counters, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import bpfree_kernels as bk
+from bpfree_kernels import backends
+
+from . import cases
+from .cases import FAMILIES, LayerCase, classifier_case, drtp_case
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::bpfree_kernels.BackendFallbackWarning"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled in one test is seen by the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step_arguments(case: LayerCase, rule: bk.SGD | bk.Adam) -> tuple[Any, ...]:
+    """What a ``*_step`` op gets."""
+    state = rule.new_state(case.weight, case.bias)
+    states = (state.weight, state.bias)
+    return (
+        *case.tensors.values(),
+        *_op_options(case),
+        *rule.args(),
+        *(tensor for s in states for tensor in (s.m, s.v, s.step)),
+    )
+
+
+def grad_arguments(case: LayerCase, accumulate: bool) -> tuple[Any, ...]:
+    """What a ``*_grad`` op gets."""
+    bias = None if case.bias is None else torch.ones_like(case.bias)
+    return (
+        *case.tensors.values(),
+        *_op_options(case),
+        torch.ones_like(case.weight),
+        bias,
+        accumulate,
+    )
+
+
+def _op_options(case: LayerCase) -> tuple[Any, ...]:
+    options = dict(case.options)
+    if "slope" in options:
+        options["slope"] = cases.default_slope(options["activation"], options["slope"])
+    return tuple(options.values())
+
+
+def _layer_samples(family: Callable[..., LayerCase], op: str) -> list[tuple[Any, ...]]:
+    if op == "grad":
+        return [grad_arguments(family(), False), grad_arguments(family(bias=False), True)]
+    rate = torch.tensor(0.1)
+    return [
+        step_arguments(family(), bk.SGD(0.1)),
+        step_arguments(family(bias=False), bk.SGD(rate, momentum=0.9, nesterov=True)),
+        step_arguments(family(dtype=torch.float64), bk.AdamW(rate)),
+    ]
+
+
+def _signal_samples() -> list[tuple[Any, ...]]:
+    z, feedback = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 4, 4)
+    labels = torch.tensor([4, 0])
+    return [(z, feedback, labels, "tanh", 0.0), (z, feedback, labels.int(), "hardtanh", 0.5)]
+
+
+def _update_samples() -> list[tuple[Any, ...]]:
+    param, grad = torch.randn(3, 4), torch.randn(3, 4)
+    samples = []
+    for rule in (bk.SGD(0.1), bk.SGD(0.1, momentum=0.9), bk.Adam(torch.tensor(0.1))):
+        state = rule.new_param_state(param)
+        samples.append((param.clone(), grad, *rule.args(), state.m, state.v, state.step))
+    return samples
+
+
+SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "apply_update": _update_samples,
+    "drtp_signal": _signal_samples,
+    "drtp_linear_step": lambda: _layer_samples(drtp_case, "step"),
+    "drtp_linear_grad": lambda: _layer_samples(drtp_case, "grad"),
+    "classifier_step": lambda: _layer_samples(classifier_case, "step"),
+    "classifier_grad": lambda: _layer_samples(classifier_case, "grad"),
+}
+"""Arguments for each registered op. An op that is missing here fails `test_every_op_is_tested`."""
+
+
+def _registered() -> set[str]:
+    prefix = "bpfree::"
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+
+def test_every_op_is_tested() -> None:
+    """A new op needs samples here, and every op has its bodies in the registry."""
+    assert _registered() == set(SAMPLES)
+    assert set(backends._bodies) == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    """Schema, fake, autograd registration and tracing, as torch wants them."""
+    op = getattr(torch.ops.bpfree, name).default
+    for arguments in SAMPLES[name]():
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_fakes_match(name: str) -> None:
+    """The fake function's shapes, dtypes and strides are those of the real outputs."""
+    op = getattr(torch.ops.bpfree, name).default
+    for arguments in SAMPLES[name]():
+        on_meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
+        results = [r if isinstance(r, tuple) else (r,) for r in (op(*arguments), op(*on_meta))]
+        for real, fake in zip(*results, strict=True):
+            if real is None:
+                assert fake is None
+                continue
+            assert (real.shape, real.dtype, real.stride()) == (
+                fake.shape, fake.dtype, fake.stride()
+            )  # fmt: skip
+
+
+def _training_step(family: Any, rule: bk.SGD | bk.Adam) -> tuple[Any, Any, list[Tensor]]:
+    case = family()
+    state = rule.new_state(case.weight, case.bias)
+    tensors = [case.weight, case.bias]
+    tensors += [t for s in (state.weight, state.bias) for t in (s.m, s.v, s.step) if t is not None]
+
+    def run(x: Tensor, labels: Tensor) -> Any:
+        return case.using(x=x, labels=labels).step_op(
+            *case.using(x=x, labels=labels).tensors.values(), rule, state
+        )
+
+    return case, run, tensors
+
+
+RULES = {
+    "sgd": lambda: bk.SGD(0.1),
+    "nesterov": lambda: bk.SGD(torch.tensor(0.1), momentum=0.9, nesterov=True),
+    "adamw": lambda: bk.AdamW(0.1),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_step(family: str, rule: str) -> None:
+    """A step in one graph: outputs, parameters and state equal eager's, call after call."""
+    case, eager, wanted = _training_step(FAMILIES[family], RULES[rule]())
+    _, step, got = _training_step(FAMILIES[family], RULES[rule]())
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    x, labels = case.tensors["x"], case.tensors["labels"]
+    for sign in (1, -1):
+        torch.testing.assert_close(compiled(sign * x, labels), eager(sign * x, labels))
+    torch.testing.assert_close(got, wanted)
+    assert not torch.equal(case.weight, FAMILIES[family]().weight)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_gradient(family: str, accumulate: bool) -> None:
+    """Gradients in one graph, made there or given."""
+    case = FAMILIES[family]()
+    given = {}
+    if accumulate:
+        given = {"grad_weight": torch.ones_like(case.weight), "grad_bias": torch.ones(6)}
+    wanted = case.grad(**{k: t.clone() for k, t in given.items()}, accumulate=accumulate)
+    compiled = torch.compile(case.grad, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**given, accumulate=accumulate), wanted)
+    for name, tensor in given.items():
+        assert torch.equal(tensor, wanted[-2 if name == "grad_weight" else -1])
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_compiled_signal_and_update(backend: str | None) -> None:
+    """A convolution that learns, in one graph: the map's signal, then its gradient applied."""
+
+    def learn(x: Tensor, weight: Tensor, feedback: Tensor, labels: Tensor) -> Tensor:
+        z = F.conv2d(x, weight)
+        y, post = bk.drtp_signal(z, feedback, labels, backend=backend)
+        grad = torch.nn.grad.conv2d_weight(x, weight.shape, post)
+        bk.apply_update(weight, grad, bk.SGD(0.1), backend=backend)
+        return y
+
+    x, weight, feedback = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(2, 4, 3, 3)
+    labels, other = torch.tensor([1, 0]), weight.clone()
+    wanted = learn(x, weight, feedback, labels)
+    compiled = torch.compile(learn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, other, feedback, labels), wanted)
+    torch.testing.assert_close(other, weight)
+
+
+def test_compiled_by_inductor() -> None:
+    """A step and what stands around it, through the default compiler."""
+    case, eager, wanted = _training_step(drtp_case, bk.SGD(0.1, momentum=0.9))
+    _, step, got = _training_step(drtp_case, bk.SGD(0.1, momentum=0.9))
+    compiled = torch.compile(lambda x, labels: step(x * 2, labels) + 1, fullgraph=True)
+    x, labels = case.tensors["x"], case.tensors["labels"]
+    torch.testing.assert_close(compiled(x, labels), eager(x * 2, labels) + 1)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_one_graph_for_every_batch_and_learning_rate() -> None:
+    """A smaller last batch and a schedule (of a tensor) compile nothing anew."""
+    rate = torch.tensor(0.1)
+    _, eager, wanted = _training_step(classifier_case, bk.SGD(rate))
+    _, step, got = _training_step(classifier_case, bk.SGD(rate))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for batch in (5, 9, 12):
+        inputs = classifier_case((batch, 7, 6, 3)).tensors
+        x, labels = inputs["x"], inputs["labels"]
+        torch.testing.assert_close(compiled(x, labels), eager(x, labels))
+        rate.mul_(0.5)
+        compilations.append(counter.frame_count)
+    torch.testing.assert_close(got, wanted)
+    assert compilations[0] == compilations[-1] > 0
+
+
+def test_compiled_labels_that_are_no_class() -> None:
+    """A graph cannot check labels; one out of range then selects a zero row, as on a GPU."""
+    case = drtp_case()
+    case.tensors["labels"][:] = torch.tensor([1, -1, 3, 2**40, -(2**40)])
+    compiled = torch.compile(case.grad, fullgraph=True, backend="aot_eager")
+    case.check(compiled())
+    with pytest.raises(IndexError, match=r"labels.*-1 at position 1"):
+        case.grad()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_written_tensors_count_as_changed(family: str, target: tuple[str, str]) -> None:
+    """Version counters move for what is written, by any backend, and for nothing else."""
+    backend, device = target
+    case = FAMILIES[family](device=device)
+    rule = bk.Adam(0.1)
+    state = rule.new_state(case.weight, case.bias)
+    written = [case.weight, case.bias, *vars(state.weight).values(), *vars(state.bias).values()]
+    read = [tensor for name, tensor in case.tensors.items() if name not in ("weight", "bias")]
+    before = [[tensor._version for tensor in tensors] for tensors in (written, read)]
+    case.step(rule, state, backend)
+    after = [[tensor._version for tensor in tensors] for tensors in (written, read)]
+    assert all(new > old for new, old in zip(after[0], before[0], strict=True))
+    assert after[1] == before[1]
+
+    buffers = torch.zeros_like(case.weight), torch.zeros_like(case.bias)
+    versions = case.weight._version, case.bias._version
+    case.grad(backend, grad_weight=buffers[0], grad_bias=buffers[1])
+    assert all(buffer._version > 0 for buffer in buffers)
+    assert (case.weight._version, case.bias._version) == versions
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_that_saved_the_old_weight_says_so(compiled: bool) -> None:
+    """Backward through a weight that has learnt since is an error, not a wrong gradient."""
+    case = drtp_case()
+    weight, x = nn.Parameter(case.weight), case.tensors["x"].clone().requires_grad_()
+    case = case.using(weight=weight)
+    y = F.linear(x, weight)
+
+    def learn() -> None:
+        case.step_op(*case.tensors.values(), bk.SGD(0.1))
+
+    if compiled:
+        learn = torch.compile(learn, fullgraph=True, backend="aot_eager")
+    learn()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_that_require_gradients(family: str, target: tuple[str, str]) -> None:
+    """An ordinary module's parameters are taken as they are, and no graph is made."""
+    backend, device = target
+    case = FAMILIES[family](device=device)
+    weight, bias = nn.Parameter(case.weight.clone()), nn.Parameter(case.bias.clone())
+    inputs = case.tensors["x"].clone().requires_grad_()
+    trained = case.using(weight=weight, bias=bias, x=inputs)
+    plain_rule = bk.SGD(0.1, momentum=0.9)
+    state = plain_rule.new_state(weight, bias)
+    results = [*trained.grad(backend), *trained.step(plain_rule, state, backend)]
+    for tensor in (*results, state.weight.m, state.bias.m):
+        assert not tensor.requires_grad
+        assert tensor.grad_fn is None
+    for parameter in (weight, bias, inputs):
+        assert parameter.is_leaf
+        assert parameter.requires_grad
+        assert parameter.grad is None
+    assert not torch.equal(weight, case.weight)
+
+
+def test_gradients_into_the_grad_of_a_parameter(target: tuple[str, str]) -> None:
+    """Accumulating into ``.grad`` is what any torch optimizer then steps with."""
+    backend, device = target
+    case = drtp_case(device=device)
+    weight, bias = nn.Parameter(case.weight), nn.Parameter(case.bias)
+    weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
+    layer = case.using(weight=weight, bias=bias)
+    layer.grad(backend, grad_weight=weight.grad, grad_bias=bias.grad, accumulate=True)
+    fresh = case.grad(backend)
+    torch.testing.assert_close(weight.grad, fresh[-2] + 1)
+    torch.testing.assert_close(bias.grad, fresh[-1] + 1)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_grad_modes(mode: Any, target: tuple[str, str]) -> None:
+    """Learning works in every grad mode, on parameters that were made outside of it."""
+    backend, device = target
+    case = drtp_case(device=device)
+    before = case.clone()
+    with mode():
+        outputs = case.step(bk.SGD(0.1), backend=backend)
+    before.check(outputs)
+    assert not torch.equal(case.weight, before.weight)
