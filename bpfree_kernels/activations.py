@@ -17,6 +17,8 @@ The bound of hardtanh keeps its gradient (URFB's convention); torch's own hardta
 
 from __future__ import annotations
 
+import math
+
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "hardtanh", "sign")
 """Every activation name that an op accepts."""
 
@@ -35,7 +37,8 @@ def resolve_activation(activation: str, slope: float | None) -> tuple[str, float
         The name and the slope that the bodies get (0 for activations without a parameter).
 
     Raises:
-        ValueError: unknown name, a slope for an activation that has none, or one that is not positive.
+        ValueError: unknown name, a slope for an activation that has none, or one that is not
+            positive and finite.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
@@ -45,6 +48,6 @@ def resolve_activation(activation: str, slope: float | None) -> tuple[str, float
         return activation, 0.0
     if slope is None:
         return activation, DEFAULT_SLOPE[activation]
-    if not slope > 0:
-        raise ValueError(f"slope of {activation!r} must be positive, got {slope}.")
+    if not 0 < slope < math.inf:
+        raise ValueError(f"slope of {activation!r} must be positive and finite, got {slope}.")
     return activation, float(slope)

@@ -56,7 +56,13 @@ class BackendFallbackWarning(UserWarning):
 
 
 def _disabled(backend: str) -> bool:
-    return backend in os.environ.get(_DISABLE, "").split(",")
+    names = [name.strip() for name in os.environ.get(_DISABLE, "").split(",") if name.strip()]
+    unknown = set(names) - {"cpp", "triton"}
+    if unknown:
+        raise ValueError(
+            f"{_DISABLE} must name backends of cpp and triton, got {', '.join(sorted(unknown))}."
+        )
+    return backend in names
 
 
 @functools.cache
@@ -124,6 +130,11 @@ def explain(device_type: str) -> str:
     if chosen == wanted:
         return f"{device_type}: {chosen} ({status(chosen).reason})."
     return f"{device_type}: reference, because {wanted} is not usable: {status(wanted).reason}."
+
+
+def ops() -> tuple[str, ...]:
+    """The names of all registered ops."""
+    return tuple(_bodies)
 
 
 def register_bodies(

@@ -6,6 +6,7 @@ Everything is checked before a body runs, so nothing has changed in any tensor w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,49 +31,75 @@ def set_label_checks(on_gpu: bool) -> None:
     _check_labels_on_gpu = on_gpu
 
 
-def floating(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless `tensor` has a floating-point type that its device supports."""
-    supported = GPU_DTYPES if tensor.is_cuda else CPU_DTYPES
-    if tensor.dtype not in supported:
+def tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a tensor, ValueError unless it is a dense (strided) one."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}.")
+
+
+def scalar(name: str, value: object, device: torch.device) -> None:
+    """Check a learning rate or step count: one float32 or float64 element, on the CPU or on `device`.
+
+    Raises:
+        TypeError: no tensor, or another dtype.
+        ValueError: more or fewer elements than one, or another device.
+    """
+    tensor(name, value)
+    value = cast(Tensor, value)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be torch.float32 or torch.float64, got {value.dtype}.")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be one element, got shape {tuple(value.shape)}.")
+    if value.device.type != "cpu" and value.device != device:
+        raise ValueError(f"{name} must be on the CPU or on {device}, got {value.device}.")
+
+
+def floating(name: str, value: Tensor) -> None:
+    """Raise unless `value` is a dense tensor of a floating-point type that its device supports."""
+    tensor(name, value)
+    supported = GPU_DTYPES if value.is_cuda else CPU_DTYPES
+    if value.dtype not in supported:
         names = ", ".join(str(dtype) for dtype in supported)
+        raise TypeError(f"{name} on {value.device.type} must be one of {names}, got {value.dtype}.")
+
+
+def same_kind(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless `value` has `other`'s dtype (TypeError) and device (ValueError)."""
+    if value.dtype != other.dtype:
         raise TypeError(
-            f"{name} on {tensor.device.type} must be one of {names}, got {tensor.dtype}."
+            f"{name} must have the dtype of {other_name}, {other.dtype}, got {value.dtype}."
         )
-
-
-def same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless `tensor` has `other`'s dtype (TypeError) and device (ValueError)."""
-    if tensor.dtype != other.dtype:
-        raise TypeError(
-            f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}."
-        )
-    if tensor.device != other.device:
+    if value.device != other.device:
         raise ValueError(
-            f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}."
+            f"{name} must be on the device of {other_name}, {other.device}, got {value.device}."
         )
 
 
-def shape(name: str, tensor: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
-    """Raise ValueError unless `tensor` has the shape `wanted`, which `meaning` spells out."""
-    if tensor.shape != wanted:
+def shape(name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
+    """Raise unless `value` is a dense tensor of the shape `wanted`, which `meaning` spells out."""
+    tensor(name, value)
+    if value.shape != wanted:
         raise ValueError(
-            f"{name} must have shape {meaning} = {tuple(wanted)}, got {tuple(tensor.shape)}."
+            f"{name} must have shape {meaning} = {tuple(wanted)}, got {tuple(value.shape)}."
         )
 
 
-def dims(name: str, tensor: Tensor, wanted: int, meaning: str) -> None:
-    """Raise ValueError unless `tensor` has `wanted` dimensions, which `meaning` spells out."""
-    if tensor.dim() != wanted:
-        raise ValueError(f"{name} must have shape {meaning}, got {tuple(tensor.shape)}.")
+def dims(name: str, value: Tensor, wanted: int, meaning: str) -> None:
+    """Raise unless `value` is a dense tensor of `wanted` dimensions, which `meaning` spells out."""
+    tensor(name, value)
+    if value.dim() != wanted:
+        raise ValueError(f"{name} must have shape {meaning}, got {tuple(value.shape)}.")
 
 
-def not_empty(name: str, tensor: Tensor) -> None:
-    """Raise ValueError if the batch (first dimension) of `tensor` is empty."""
-    if tensor.shape[0] == 0:
-        raise ValueError(f"{name} must hold at least one sample, got {tuple(tensor.shape)}.")
+def not_empty(name: str, value: Tensor) -> None:
+    """Raise ValueError if the batch (first dimension) of `value` is empty."""
+    if value.shape[0] == 0:
+        raise ValueError(f"{name} must hold at least one sample, got {tuple(value.shape)}.")
 
 
-def labels(tensor: Tensor, batch: int, classes: int, device: torch.device) -> None:
+def labels(value: Tensor, batch: int, classes: int, device: torch.device) -> None:
     """Check class labels: int32 or int64, shape [batch], on `device`, each in [0, classes).
 
     Raises:
@@ -80,19 +107,20 @@ def labels(tensor: Tensor, batch: int, classes: int, device: torch.device) -> No
         ValueError: another shape or device.
         IndexError: a label out of range, with its value and position (see `set_label_checks`).
     """
-    if tensor.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be torch.int32 or torch.int64, got {tensor.dtype}.")
-    shape("labels", tensor, (batch,), "[batch]")
-    if tensor.device != device:
-        raise ValueError(f"labels must be on the device of x, {device}, got {tensor.device}.")
+    tensor("labels", value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be torch.int32 or torch.int64, got {value.dtype}.")
+    shape("labels", value, (batch,), "[batch]")
+    if value.device != device:
+        raise ValueError(f"labels must be on the device of x, {device}, got {value.device}.")
     if torch.compiler.is_compiling() or batch == 0:
         return  # a compiled graph cannot branch on values; the bodies are safe without
-    if tensor.device.type == "cpu" or (_check_labels_on_gpu and tensor.is_cuda):
-        low, high = torch.aminmax(tensor)
+    if value.device.type == "cpu" or (_check_labels_on_gpu and value.is_cuda):
+        low, high = torch.aminmax(value)
         if low.item() < 0 or high.item() >= classes:
-            position = int(torch.nonzero((tensor < 0) | (tensor >= classes))[0])
+            position = int(torch.nonzero((value < 0) | (value >= classes))[0])
             raise IndexError(
-                f"labels must lie in [0, {classes}), got {int(tensor[position])} "
+                f"labels must lie in [0, {classes}), got {int(value[position])} "
                 f"at position {position}."
             )
 
@@ -100,23 +128,22 @@ def labels(tensor: Tensor, batch: int, classes: int, device: torch.device) -> No
 def disjoint(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]) -> None:
     """Raise ValueError if a tensor that the op writes shares memory with another argument.
 
-    Also refuses to write a tensor whose own elements overlap (an expanded one).
+    Also refuses to write a tensor whose own elements overlap (an expanded one). Memory is judged by the
+    span from a tensor's first element to its last, so two interleaved slices count as sharing it.
     """
     if torch.compiler.is_compiling():
         return  # functionalisation gives every mutated tensor memory of its own
     spans: list[tuple[int, int, str, bool]] = []
     for group, is_written in ((written, True), (read, False)):
-        for name, tensor in group.items():
-            if tensor is None or tensor.numel() == 0:
+        for name, value in group.items():
+            if value is None or value.numel() == 0 or value.is_meta:
                 continue
-            start = tensor.data_ptr()
-            if tensor.is_contiguous():
-                spans.append((start, start + tensor.nbytes, name, is_written))
-                continue
-            if is_written and 0 in tensor.stride():
-                raise ValueError(f"{name} is updated in place and must not be an expanded tensor.")
-            reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-            spans.append((start, start + (reach + 1) * tensor.itemsize, name, is_written))
+            if is_written and not value.is_contiguous() and _overlaps_itself(value):
+                raise ValueError(
+                    f"{name} is updated in place and must not be an expanded or overlapping tensor."
+                )
+            start = value.data_ptr()
+            spans.append((start, start + _span(value), name, is_written))
     written_end, any_end = (0, ""), (0, "")  # how far the spans seen so far reach, and whose it is
     for start, end, name, is_written in sorted(spans):
         reach_end, other = any_end if is_written else written_end
@@ -127,3 +154,22 @@ def disjoint(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | N
         any_end = max(any_end, (end, name))
         if is_written:
             written_end = max(written_end, (end, name))
+
+
+def _span(value: Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last."""
+    if value.is_contiguous():
+        return value.nbytes
+    reach = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    return (reach + 1) * value.itemsize
+
+
+def _overlaps_itself(value: Tensor) -> bool:
+    """Whether two elements may lie in the same place: a stride does not step over all smaller ones."""
+    reach = 0
+    for step, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += (size - 1) * step
+    return False

@@ -8,6 +8,7 @@ state can be handed over as they are.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,10 +53,11 @@ class LayerState:
     bias: ParamState
 
 
-def _check_non_negative(rule: str, **values: float) -> None:
+def _check_sizes(rule: object, **values: float) -> None:
     for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{name} of {rule} must not be negative, got {value}.")
+        if not 0 <= value < math.inf:
+            kind = type(rule).__name__
+            raise ValueError(f"{name} of {kind} must be finite and not negative, got {value}.")
 
 
 def _split_lr(lr: float | Tensor) -> tuple[float, Tensor | None]:
@@ -86,7 +88,7 @@ class SGD:
 
     def __post_init__(self) -> None:
         lr = 0.0 if isinstance(self.lr, Tensor) else self.lr
-        _check_non_negative("SGD", lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        _check_sizes(self, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov of SGD needs a momentum above 0, got momentum 0.")
 
@@ -131,9 +133,10 @@ class Adam:
 
     def __post_init__(self) -> None:
         lr = 0.0 if isinstance(self.lr, Tensor) else self.lr
-        _check_non_negative("Adam", lr=lr, eps=self.eps, weight_decay=self.weight_decay)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas of Adam must lie in [0, 1), got {self.betas}.")
+        _check_sizes(self, lr=lr, eps=self.eps, weight_decay=self.weight_decay)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            name = type(self).__name__
+            raise ValueError(f"betas of {name} must be two numbers in [0, 1), got {self.betas}.")
 
     def args(self) -> UpdateArgs:
         """The rule as the bodies get it."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bpfree_kernels import checks
 from bpfree_kernels.ops._define import contiguous, wrote
-from bpfree_kernels.update import LayerState, ParamState, UpdateRule
+from bpfree_kernels.update import SGD, Adam, LayerState, ParamState, UpdateRule
 
 
 def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -30,30 +31,51 @@ def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         checks.same_kind("bias", bias, "x", x)
 
 
-def check_param_state(name: str, param: Tensor, state: ParamState, update: UpdateRule) -> None:
-    """Check that `state` is what `update` keeps for `param`.
+def check_update(update: UpdateRule, device: torch.device) -> None:
+    """Check an update rule, and its learning rate if that is a tensor.
+
+    Raises:
+        TypeError, ValueError: something else, or a learning rate that no kernel can read.
+    """
+    if not isinstance(update, SGD | Adam):
+        raise TypeError(
+            "update must be a bpfree_kernels.SGD, Adam or AdamW, "
+            f"got {type(update).__module__}.{type(update).__name__}."
+        )
+    if isinstance(update.lr, Tensor):
+        checks.scalar("lr of update", update.lr, device)
+
+
+def check_state_type(state: object, wanted: type) -> None:
+    """Raise TypeError unless `state` is of the wanted class."""
+    if not isinstance(state, wanted):
+        raise TypeError(f"state must be a {wanted.__name__}, got {type(state).__name__}.")
+
+
+def check_param_state(label: str, param: Tensor, state: ParamState, update: UpdateRule) -> None:
+    """Check that `state`, called `label` in messages, is what `update` keeps for `param`.
 
     Raises:
         TypeError, ValueError: a tensor that is missing, or that does not match the parameter.
     """
+    check_state_type(state, ParamState)
     rule = update.args()
     adam = rule.optimizer != "sgd"
     needed = {"m": adam or rule.beta1 != 0, "v": adam, "step": adam}
     for field, is_needed in needed.items():
         tensor = getattr(state, field)
-        label = f"state.{name}.{field}"
-        if is_needed and tensor is None:
-            raise ValueError(f"{label} is missing, but {type(update).__name__} needs it.")
         if tensor is None:
-            continue
-        if field != "step":
-            checks.shape(label, tensor, tuple(param.shape), f"of {name}")
-            checks.same_kind(label, tensor, name, param)
-        elif tensor.numel() != 1 or not tensor.is_floating_point():
-            raise ValueError(
-                f"{label} must be one floating-point element, "
-                f"got {tensor.dtype} of shape {tuple(tensor.shape)}."
-            )
+            if is_needed:
+                name = type(update).__name__
+                raise ValueError(f"{label}.{field} is missing, but {name} needs it.")
+        elif field == "step":
+            checks.scalar(f"{label}.step", tensor, param.device)
+        else:
+            checks.shape(f"{label}.{field}", tensor, tuple(param.shape), "of its parameter")
+            checks.same_kind(f"{label}.{field}", tensor, "its parameter", param)
+
+
+_WRITTEN = ("weight", "bias", "state.weight.m", "state.weight.v", "state.bias.m", "state.bias.v")
 
 
 class LayerUpdate:
@@ -66,11 +88,13 @@ class LayerUpdate:
 
         ``state=None`` is right for a rule without state; without a bias, its state is not read.
         """
+        check_update(update, weight.device)
         state = LayerState(ParamState(), ParamState()) if state is None else state
+        check_state_type(state, LayerState)
         bias_state = state.bias if bias is not None else ParamState()
-        check_param_state("weight", weight, state.weight, update)
+        check_param_state("state.weight", weight, state.weight, update)
         if bias is not None:
-            check_param_state("bias", bias, bias_state, update)
+            check_param_state("state.bias", bias, bias_state, update)
         self._rule = update.args()
         self._states = (state.weight, bias_state)
         self._written = (
@@ -79,8 +103,13 @@ class LayerUpdate:
 
     def check_disjoint(self, **read: Tensor | None) -> None:
         """Raise ValueError if something that the update writes shares memory with another tensor."""
-        names = ("weight", "bias", "weight m", "weight v", "bias m", "bias v")
-        checks.disjoint(dict(zip(names, self._written, strict=True)), read)
+        of_weight, of_bias = self._states
+        written = {
+            **dict(zip(_WRITTEN, self._written, strict=True)),
+            "state.weight.step": of_weight.step,
+            "state.bias.step": of_bias.step,
+        }
+        checks.disjoint(written, {**read, "lr of update": self._rule.lr_tensor})
 
     def run(self, body: Callable[..., Any], before: tuple[Any, ...], after: tuple[Any, ...]) -> Any:
         """Call ``body(*before, weight, bias, *after, update…)``, then count the step."""

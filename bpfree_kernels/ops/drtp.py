@@ -193,6 +193,7 @@ def drtp_signal(
 def _check_feedback(
     feedback: Tensor, trailing: tuple[int, ...], meaning: str, other_name: str, other: Tensor
 ) -> None:
+    checks.tensor("feedback", feedback)
     classes = feedback.shape[0] if feedback.dim() else 0
     if classes == 0:
         raise ValueError(f"feedback must have shape {meaning}, got {tuple(feedback.shape)}.")

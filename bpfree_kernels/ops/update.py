@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bpfree_kernels import backends, checks
 from bpfree_kernels.ops._define import contiguous, define, wrote
-from bpfree_kernels.ops._layer import check_param_state
+from bpfree_kernels.ops._layer import check_param_state, check_update
 from bpfree_kernels.reference import update as reference
 from bpfree_kernels.update import ParamState, UpdateRule
 
@@ -56,10 +56,14 @@ def apply_update(
     checks.floating("param", param)
     checks.shape("grad", grad, tuple(param.shape), "of param")
     checks.same_kind("grad", grad, "param", param)
+    check_update(update, param.device)
     state = ParamState() if state is None else state
-    check_param_state("param", param, state, update)
+    check_param_state("state", param, state, update)
     written = (param, state.m, state.v)
-    checks.disjoint({"param": param, "m": state.m, "v": state.v}, {"grad": grad})
+    checks.disjoint(
+        {"param": param, "state.m": state.m, "state.v": state.v, "state.step": state.step},
+        {"grad": grad, "lr of update": update.args().lr_tensor},
+    )
     body = backends.body("apply_update", param.device.type, backend)
     stand_ins = contiguous(written)
     body(stand_ins[0], grad.contiguous(), *update.args(), *stand_ins[1:], state.step)

@@ -29,5 +29,5 @@ def activate(z: Tensor, activation: str, slope: float) -> tuple[Tensor, Tensor]:
         scaled = slope * z
         return scaled.clamp(-1, 1), slope * (scaled.abs() <= 1).to(z.dtype)
     if activation == "sign":
-        return torch.sign(z), torch.zeros_like(z)
+        return torch.sign(z).where(~z.isnan(), z), torch.zeros_like(z)  # torch.sign drops NaN
     raise ValueError(f"unknown activation {activation!r}")

@@ -105,20 +105,22 @@ void forward_block(const T* weight, int64_t rows, const Input<T>& x, T* z) {
   const int64_t stride = padded<T>(x.batch);
   // A small batch has a narrow panel, so that more features of it fit and W is read in longer runs.
   const int64_t panel_depth = kPanelBytes / sizeof(T) / panel_width<T>(0, x.batch);
-  for (int64_t k0 = 0; k0 < x.in; k0 += panel_depth) {
-    const int64_t depth = x.in - k0 < panel_depth ? x.in - k0 : panel_depth;
-    for (int64_t sample = 0; sample < x.batch; sample += kPanel<T>) {
-      const int64_t width = panel_width<T>(sample, x.batch);
-      const T* panel = x.panels + sample * x.in + k0 * width;
+  for (int64_t sample = 0; sample < x.batch; sample += kPanel<T>) {
+    const int64_t width = panel_width<T>(sample, x.batch);
+    const T* panel = x.panels + sample * x.in;
+    int64_t k = 0;
+    do {  // once even without inputs, whose sum is 0
+      const int64_t depth = x.in - k < panel_depth ? x.in - k : panel_depth;
       for (int64_t r = 0; r < rows; r += kForwardRows) {
         with_count<kForwardRows>(rows - r, [&]<int tile_rows>() {
           with_count<kForwardVectors>(width / kLanes<T>, [&]<int vectors>() {
-            forward_tile<T, tile_rows, vectors>(weight + r * x.in + k0, x.in, panel, depth,
-                                                z + r * stride + sample, stride, k0 == 0);
+            forward_tile<T, tile_rows, vectors>(weight + r * x.in + k, x.in, panel + k * width,
+                                                depth, z + r * stride + sample, stride, k == 0);
           });
         });
       }
-    }
+      k += panel_depth;
+    } while (k < x.in);
   }
 }
 

@@ -281,8 +281,8 @@ MISTAKES = {
         (".step", "one", "(2,)"),
     ),
     "step of integers": Mistake(
-        UPDATES, _state(_set("step", lambda _s, _a: torch.tensor(0))), ValueError,
-        (".step", "floating", "int64"),
+        UPDATES, _state(_set("step", lambda _s, _a: torch.tensor(0))), TypeError,
+        (".step", "float32", "int64"),
     ),
     "step of half precision": Mistake(
         UPDATES, _state(_set("step", lambda *_: torch.tensor(0.0).half())),
