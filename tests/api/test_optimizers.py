@@ -313,6 +313,6 @@ class TestRefused:
         learner = make_learner(IN_KERNEL["sgd"])
         before = snapshot(learner.model)
         learner.optimizer.param_groups[0]["lr"] = -1.0
-        with pytest.raises(ValueError, match="lr of SGD must not be negative"):
+        with pytest.raises(ValueError, match="lr of SGD must be finite and not negative"):
             learner.step(*dense_batch())
         assert_equal(learner.model, before)
