@@ -1,0 +1,201 @@
+"""Compile the shipped kernels for one GPU without having it, and print what came out as JSON.
+
+    python -m tests.kernels.compile_triton sm_90 blocks:float32 blocks:tf32 branches:bfloat16
+
+Runs the library's own bodies on tensors without memory; each launch compiles instead. So what is checked
+is what ships: the same block sizes, options and argument types. A process of its own, because kernels
+defined under TRITON_INTERPRET=1 do not compile, and because a process has one target.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from bpfree_kernels.activations import ACTIVATIONS
+from bpfree_kernels.triton import classifier, drtp, update
+from bpfree_kernels.update import UpdateArgs
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+ADAM = UpdateArgs("adam", 0.1, 0.9, 0.999, 1e-8, 0.0, False, None)
+RULES = (
+    UpdateArgs("sgd", 0.1, 0.0, 0.0, 0.0, 0.1, False, None),
+    UpdateArgs("sgd", 0.1, 0.9, 0.0, 0.0, 0.1, False, None),
+    UpdateArgs("sgd", 0.1, 0.9, 0.0, 0.0, 0.1, True, None),
+    UpdateArgs("adamw", 0.1, 0.9, 0.999, 1e-8, 0.1, False, torch.empty((), device="meta")),
+)
+
+
+class _Driver:
+    """Stands in for a GPU driver: names a target, launches nothing."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+def _new(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _labels(batch: int) -> Tensor:
+    return _new(batch, dtype=torch.int64)
+
+
+def _state(rule: UpdateArgs, *params: Tensor) -> list[Tensor | None]:
+    """What a rule remembers, in schema order."""
+    state: list[Tensor | None] = []
+    for param in params:
+        adam = rule.optimizer != "sgd"
+        state.append(param if adam or rule.beta1 else None)
+        state.append(param if adam else None)
+        state.append(_new(dtype=torch.float32) if adam else None)
+    return state
+
+
+def _layer(batch: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (
+        _new(batch, inputs, dtype=dtype),
+        _new(outputs, inputs, dtype=dtype),
+        _new(outputs, dtype=dtype),
+    )
+
+
+def _every_block(dtype: torch.dtype, odd: int = 0) -> None:
+    """Reach every entry of the tables of block sizes, with the heaviest epilogue.
+
+    `odd` makes the rows of every tensor that much longer: with 1, they are not aligned any more.
+    """
+    for batch in (32, 64, 128, 300):
+        for outputs in (1000 + odd, 4096 + odd):
+            x, weight, bias = _layer(batch, 784 + odd, outputs, dtype)
+            drtp.drtp_linear_step(
+                x, weight, bias, _new(10, outputs, dtype=dtype), _labels(batch), "tanh", 0.0,
+                *ADAM, *_state(ADAM, weight, bias),
+            )  # fmt: skip
+    for classes in (10 + odd, 100 + odd, 1000 + odd):
+        x, weight, bias = _layer(100, 1000 + odd, classes, dtype)
+        state = _state(ADAM, weight, bias)
+        classifier.classifier_step(x, weight, bias, _labels(100), "ce", *ADAM, *state)
+    for size in (100 + odd, 5000 + odd):
+        z, feedback = _new(60, size, dtype=dtype), _new(10, size, dtype=dtype)
+        drtp.drtp_signal(z, feedback, _labels(60), "tanh", 0.0)
+    update.apply_update(weight, weight, *ADAM, *_state(ADAM, weight))
+
+
+def _every_branch(dtype: torch.dtype) -> None:
+    """Reach every activation, loss and epilogue, a missing bias, and sizes of 1."""
+    z, feedback = _new(60, 100, dtype=dtype), _new(10, 100, dtype=dtype)
+    for activation in ACTIVATIONS:
+        drtp.drtp_signal(z, feedback, _labels(60), activation, 0.5)
+    x, weight, bias = _layer(60, 784, 100, dtype)
+    for rule in RULES:
+        state = _state(rule, weight, bias)
+        drtp.drtp_linear_step(x, weight, bias, feedback, _labels(60), "tanh", 0.0, *rule, *state)
+        update.apply_update(weight, weight, *rule, *_state(rule, weight))
+    step_on_cpu = torch.zeros(())
+    update.apply_update(weight, weight, *ADAM, weight, weight, step_on_cpu)
+    for accumulate in (False, True):
+        grads = weight, bias, accumulate
+        drtp.drtp_linear_grad(x, weight, bias, feedback, _labels(60), "relu", 0.0, *grads)
+    for loss in ("bce", "mse"):
+        for classes in (10, 1000):
+            x, weight, bias = _layer(60, 784, classes, dtype)
+            classifier.classifier_grad(x, weight, None, _labels(60), loss, weight, None, False)
+    for batch in (1, 300):
+        x, weight, bias = _layer(batch, 1, 1, dtype)
+        feedback, labels = _new(1, 1, dtype=dtype), _labels(batch)
+        drtp.drtp_linear_grad(x, weight, None, feedback, labels, "sign", 0.0, weight, None, False)
+    classifier.classifier_grad(x, weight, bias, labels, "ce", weight, bias, True)
+
+
+WORK: dict[str, Callable[[torch.dtype], None]] = {
+    "blocks": _every_block,
+    "odd": functools.partial(_every_block, odd=1),
+    "branches": _every_branch,
+}
+
+
+def _resources(kernel: Any, target: GPUTarget) -> dict[str, Any]:
+    """Registers, what was spilled from them, shared memory, and whether matrix units are used."""
+    if target.backend == "hip":
+        text = kernel.asm["amdgcn"]
+        names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        registers, *spilled = (int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in names)
+        matrix = "v_mfma" in text
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [_CUOBJDUMP, "--dump-resource-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+        registers, *spilled = (int(usage[name]) for name in ("REG", "STACK", "LOCAL"))
+        matrix = bool(re.search(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", kernel.asm["ptx"]))
+    return {
+        "registers": registers,
+        "spilled": sum(spilled),
+        "shared": kernel.metadata.shared,
+        "matrix": matrix,
+    }
+
+
+def _narrow_products(kernel: Any) -> list[str]:
+    """Products in int32 of anything but a block index and a constant: offsets that can overflow."""
+    products = re.findall(r"arith\.muli .*i32\b", kernel.asm["ttir"])
+    return [line for line in products if not re.search(r"%c\d+_i32", line)]
+
+
+def main(target_name: str, *work: str) -> None:
+    """Compile, with one JSON object per launch on stdout."""
+    target = TARGETS[target_name]
+    triton.runtime.driver.set_active(_Driver(target))
+    torch.version.hip = "any" if target.backend == "hip" else None
+
+    def compile_instead(self: Any, grid: object) -> Callable[..., None]:
+        def compile_only(*args: Any, **options: Any) -> None:
+            kernel = self.warmup(*args, grid=grid, **options)
+            facts = {"kernel": self.fn.__name__, "work": item, "narrow": _narrow_products(kernel)}
+            facts["options"] = {k: v for k, v in options.items() if isinstance(v, int | str)}
+            print(json.dumps(facts | _resources(kernel, target)))
+
+        return compile_only
+
+    triton.runtime.JITFunction.__getitem__ = compile_instead
+    for item in work:
+        calls, dtype = item.split(":")
+        tf32 = dtype == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        WORK[calls](torch.float32 if tf32 else getattr(torch, dtype))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
