@@ -18,6 +18,8 @@ inline constexpr int kUpdateVectors = 3;
 // Output rows per work item: a multiple of both tiles' rows; its weights stay in the second-level cache
 // between forward and update.
 inline constexpr int kRowBlock = 24;
+// Samples whose columns of x are used on all rows of a block while they sit in the first-level cache.
+inline constexpr int64_t kUpdateSamples = 128;
 // The part of a panel that is used on all rows of a block while it sits in the first-level cache.
 inline constexpr int64_t kPanelBytes = 24 * 1024;
 
@@ -127,8 +129,15 @@ void forward_block(const T* weight, int64_t rows, const Input<T>& x, T* z) {
 // g[r][column] += sum over the batch of signal[n][r] x[n][column], into a tile with rows kColumns apart.
 template <class T, int rows, int vectors>
 inline void update_tile(const T* signal, int64_t signal_stride, const T* x, int64_t x_stride,
-                        int64_t batch, T* g) {
-  Vec<T> acc[rows][vectors] = {};
+                        int64_t batch, T* g, bool first) {
+  Vec<T> acc[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      acc[r][v] = first ? Vec<T>{} : load(g + r * kColumns<T> + v * kLanes<T>);
+    }
+  }
   for (int64_t n = 0; n < batch; ++n) {
     Vec<T> xs[vectors];
 #pragma GCC unroll 8
@@ -157,6 +166,37 @@ inline void prefetch_rows(const T* base, int64_t rows, int64_t columns, int64_t 
   }
 }
 
+// The gradient of at most kRowBlock rows x kColumns columns, sent to its target.
+template <class T>
+void update_columns_block(const T* signal, int64_t signal_stride, int64_t rows, const T* x,
+                          int64_t x_stride, int64_t batch, int64_t columns, const Target<T>& to,
+                          int64_t to_stride) {
+  alignas(64) T g[kRowBlock * kColumns<T>];
+  const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
+  for (int64_t n = 0; n < batch; n += kUpdateSamples) {
+    const int64_t samples = batch - n < kUpdateSamples ? batch - n : kUpdateSamples;
+    const bool last = n + samples == batch;
+    for (int64_t r = 0; r < rows; r += kUpdateRows) {
+      const int64_t here = rows - r < kUpdateRows ? rows - r : kUpdateRows;
+      const Target<T> target = to.at(r * to_stride);
+      T* tile = g + r * kColumns<T>;
+      if (last) {
+        prefetch_rows(target.value, here, columns, to_stride);
+        prefetch_rows(target.m, here, columns, to_stride);
+        prefetch_rows(target.v, here, columns, to_stride);
+      }
+      with_count<kUpdateRows>(here, [&]<int tile_rows>() {
+        with_count<kUpdateVectors>(vectors, [&]<int tile_vectors>() {
+          update_tile<T, tile_rows, tile_vectors>(signal + n * signal_stride + r, signal_stride,
+                                                  x + n * x_stride, x_stride, samples, tile,
+                                                  n == 0);
+        });
+      });
+      if (last) apply_tile(tile, kColumns<T>, here, columns, target, to_stride);
+    }
+  }
+}
+
 // Elements that update_block needs as scratch.
 template <class T>
 int64_t update_block_scratch(int64_t batch) {
@@ -168,7 +208,6 @@ int64_t update_block_scratch(int64_t batch) {
 template <class T>
 void update_block(const T* signal, int64_t signal_stride, int64_t rows, const Input<T>& x,
                   int64_t begin, int64_t end, const Target<T>& to, T* scratch) {
-  alignas(64) T g[kUpdateRows * kColumns<T>];
   for (int64_t k = begin; k < end; k += kColumns<T>) {
     const int64_t columns = end - k < kColumns<T> ? end - k : kColumns<T>;
     const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
@@ -183,19 +222,10 @@ void update_block(const T* signal, int64_t signal_stride, int64_t rows, const In
       source = scratch;
       source_stride = kColumns<T>;
     }
-    for (int64_t r = 0; r < rows; r += kUpdateRows) {
-      const int64_t tile_rows = rows - r < kUpdateRows ? rows - r : kUpdateRows;
-      const Target<T> tile = to.at(r * x.in + k);
-      prefetch_rows(tile.value, tile_rows, columns, x.in);
-      prefetch_rows(tile.m, tile_rows, columns, x.in);
-      prefetch_rows(tile.v, tile_rows, columns, x.in);
-      with_count<kUpdateRows>(tile_rows, [&]<int tile_rows_>() {
-        with_count<kUpdateVectors>(vectors, [&]<int vectors_>() {
-          update_tile<T, tile_rows_, vectors_>(signal + r, signal_stride, source, source_stride,
-                                               x.batch, g);
-        });
-      });
-      apply_tile(g, kColumns<T>, tile_rows, columns, tile, x.in);
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      const int64_t here = rows - row < kRowBlock ? rows - row : kRowBlock;
+      update_columns_block<T>(signal + row, signal_stride, here, source, source_stride, x.batch,
+                              columns, to.at(row * x.in + k), x.in);
     }
   }
 }
