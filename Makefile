@@ -10,7 +10,7 @@ TORCH := torch==2.13.0 triton==3.7.1
 BUILD_TOOLS := setuptools wheel ninja pybind11 numpy
 SANITIZED := build/sanitized
 
-.PHONY: demo test lint bench gpu sanitize doctor clean
+.PHONY: demo test lint bench paper gpu sanitize doctor clean
 
 demo: $(VENV)/.built
 	$(BIN)/bpfree demo
@@ -27,7 +27,12 @@ doctor: $(VENV)/.built
 	$(BIN)/python -m bpfree_kernels
 
 bench: $(VENV)/.built
-	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,iqr,rounds \
+	  --results docs/results/cpu
+
+# The papers' accuracy figures; BPFREE_DATA or the download cache has the data sets.
+paper: $(VENV)/.built
+	$(BIN)/python benchmarks/paper.py drtp-mnist
 
 $(VENV)/.torch: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

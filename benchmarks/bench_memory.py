@@ -3,7 +3,7 @@
 Each measurement runs in a process of its own: resident memory at its highest during a step, less
 what was resident before it (Linux only). Weights, gradients of the optimizer's state and data exist before.
 
-    pytest benchmarks/bench_memory.py -s
+    pytest benchmarks/bench_memory.py
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compare import NOTES
 from pytest_benchmark.fixture import BenchmarkFixture
 
 WIDTH, BATCH, CLASSES = 1024, 1024, 10
@@ -57,9 +58,10 @@ def peak_extra(rule: str, depth: int) -> int:
 def test_memory_by_depth(benchmark: BenchmarkFixture) -> None:
     peaks = {rule: [peak_extra(rule, depth) for depth in DEPTHS] for rule in ("drtp", "bp")}
     for rule, (shallow, deep) in peaks.items():
-        print(
-            f"\n{rule}: {shallow / 2**20:.1f} MiB on {DEPTHS[0]} hidden layers of {WIDTH}, "
-            f"{deep / 2**20:.1f} MiB on {DEPTHS[1]} ({deep / shallow:.2f} x), batch {BATCH}"
+        NOTES.append(
+            f"Peak extra memory of a {rule} step, batch {BATCH}: {shallow / 2**20:.1f} MiB on "
+            f"{DEPTHS[0]} hidden layers of {WIDTH}, {deep / 2**20:.1f} MiB on {DEPTHS[1]} "
+            f"({deep / shallow:.2f} times)."
         )
         benchmark.extra_info[rule] = {"bytes": [shallow, deep], "ratio": deep / shallow}
     benchmark.pedantic(peak_extra, args=("drtp", DEPTHS[0]), rounds=1, iterations=1)

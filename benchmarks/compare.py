@@ -38,6 +38,10 @@ ALL: list[Comparison] = []
 """Every comparison of this run, in order; conftest.py prints and saves them."""
 
 
+NOTES: list[str] = []
+"""Measurements of this run that are no comparison of times, a sentence each; saved beside them."""
+
+
 def _timed(step: Step, device: str, inner: int) -> float:
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

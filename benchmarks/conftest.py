@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from compare import ALL, Comparison
+from compare import ALL, NOTES, Comparison
 from results import run_header
 
 
@@ -33,17 +33,18 @@ def _table(comparisons: list[Comparison]) -> str:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    if not ALL:
+    if not ALL and not NOTES:
         return
+    body = "\n".join([_table(ALL), "", *NOTES])
     terminalreporter.section("comparisons (interleaved medians)")
-    terminalreporter.write_line(_table(ALL))
+    terminalreporter.write_line(body)
     target = config.getoption("--results")
     if target is None:
         return
     header = run_header()
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = [vars(result) for result in ALL]
-    path.with_suffix(".json").write_text(json.dumps({**header, "results": records}, indent=1))
+    document = {**header, "results": [vars(result) for result in ALL], "notes": NOTES}
+    path.with_suffix(".json").write_text(json.dumps(document, indent=1))
     lines = [f"# {path.name}", "", *(f"- {name}: {value}" for name, value in header.items())]
-    path.with_suffix(".md").write_text("\n".join([*lines, "", _table(ALL), ""]))
+    path.with_suffix(".md").write_text("\n".join([*lines, "", body, ""]))
