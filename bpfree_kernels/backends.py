@@ -72,8 +72,8 @@ def _load_extension() -> Status:
     if not EXTENSION.exists():
         return Status(
             False,
-            f"the extension was not built ({EXTENSION.name} is missing); with torch and a C++17 "
-            "compiler at hand, run: pip install --no-build-isolation --force-reinstall .",
+            f"the extension was not built ({EXTENSION.name} is missing); with torch and a C++20 "
+            "compiler at hand, in a clone, run: pip install --no-build-isolation --no-deps .",
         )
     try:
         torch.ops.load_library(str(EXTENSION))
@@ -92,7 +92,8 @@ def _find_triton() -> Status:
         return Status(True, "Triton's interpreter is on (TRITON_INTERPRET=1)")
     if not torch.cuda.is_available():
         return Status(False, "torch sees no CUDA or ROCm device")
-    return Status(True, f"compiles for {torch.cuda.get_device_name()}")
+    # Not the device's name: asking for it would start CUDA in every process that imports us.
+    return Status(True, "compiles at first use")
 
 
 def interpreting() -> bool:

@@ -22,23 +22,36 @@ SMOKE_TOLERANCE = 1e-5
 def report() -> dict[str, Any]:
     """Everything the doctor knows, as plain values that `json` can write."""
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "machine": _machine(),
         "extension": _extension(),
         "backends": {name: vars(backends.status(name)) for name in backends.BACKENDS},
         "choices": {device: backends.explain(device) for device in ("cpu", "cuda")},
+        "problems": _problems(),
         "smoke": _smoke_tests(),
     }
 
 
 def healthy(facts: dict[str, Any]) -> bool:
-    """Whether every smoke test of a report passed."""
-    return all(test["ok"] for test in facts["smoke"])
+    """Whether every smoke test of a report passed and nothing that is there lies idle."""
+    return not facts["problems"] and all(test["ok"] for test in facts["smoke"])
 
 
-def _versions() -> dict[str, str]:
+def _problems() -> list[str]:
+    """What this machine has and the library does not use, unless it was switched off on purpose."""
+    idle = []
+    if backends.EXTENSION.exists() and backends.default_for("cpu") != "cpp":
+        idle.append(backends.explain("cpu"))
+    if torch.cuda.is_available() and backends.default_for("cuda") != "triton":
+        idle.append(backends.explain("cuda"))
+    return [sentence for sentence in idle if "switched off" not in sentence]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the library and of what it stands on."""
     found = {"bpfree-kernels": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy"):
+    found["torch"] = torch.__version__  # says more than the metadata: +cpu, +cu130
+    for package in ("triton", "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -136,7 +149,8 @@ def render(facts: dict[str, Any]) -> str:
         verdict = "ok" if test["ok"] else "WRONG"
         error = test["error"] if isinstance(test["error"], str) else f"{test['error']:.1e}"
         lines.append(f"  {verdict:5} {test['backend']:9} {test['op']:18} {error}")
-    lines.append("all well." if healthy(facts) else "something is wrong: see the smoke tests.")
+    lines += [f"problem: {sentence}" for sentence in facts["problems"]]
+    lines.append("all well." if healthy(facts) else "something is wrong: see above.")
     return "\n".join(lines)
 
 

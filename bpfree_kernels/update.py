@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class UpdateArgs(NamedTuple):
-    """How an update rule travels to a body: the same six values for every rule, in schema order."""
+    """How an update rule travels to a body: the same values for every rule, in schema order."""
 
     optimizer: str
     lr: float
@@ -37,7 +37,8 @@ class ParamState:
         m: momentum buffer (SGD) or first moment (Adam); like the parameter. ``None`` for plain SGD.
         v: second moment (Adam); like the parameter. ``None`` for SGD.
         step: number of updates made so far (Adam), one float32 element, on the CPU or on the
-            parameter's device; on the device a captured CUDA graph counts on. ``None`` for SGD.
+            parameter's device. A captured CUDA graph needs it on the device (torch makes it there with
+            ``capturable=True``), and keeps a learning rate that is a number. ``None`` for SGD.
     """
 
     m: Tensor | None = None

@@ -147,4 +147,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss:
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
     check_dense(x, weight, bias)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must hold at least one class, got {tuple(weight.shape)}.")
     checks.labels(labels, x.shape[0], weight.shape[0], x.device)

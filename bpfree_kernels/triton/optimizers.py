@@ -61,8 +61,20 @@ class Learning(NamedTuple):
 
 
 def _read(value: Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """A scalar as (number, tensor): the kernel reads one on its device; on the CPU reading is free."""
-    return (0.0, value) if value.device == device else (float(value), None)
+    """A scalar as (number, tensor): the kernel reads one on its device; on the CPU reading is free.
+
+    Raises:
+        RuntimeError: a scalar on the CPU while a CUDA graph is captured, which would never see it change.
+    """
+    if value.device == device:
+        return 0.0, value
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a captured CUDA graph needs step and lr tensors on the device, got one on the CPU; "
+            "torch.optim.Adam(..., capturable=True) makes step there."
+        )
+    return float(value), None
 
 
 def make_rule(args: UpdateArgs, device: torch.device) -> tuple[Rule, str]:

@@ -21,7 +21,7 @@ def apply_kernel(
     EPILOGUE: tl.constexpr, BLOCK: tl.constexpr, SIZE_BY: tl.constexpr,
 ):  # fmt: skip
     """Apply a block of the gradient to its parameter."""
-    size *= SIZE_BY
+    size = size.to(tl.int64) * SIZE_BY  # a parameter may hold more than 2³¹ elements
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     gradient = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

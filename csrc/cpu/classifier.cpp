@@ -9,6 +9,7 @@ std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& x, const Tensor& weigh
                                             const MaybeTensor& bias, const Tensor& labels,
                                             const std::string& loss_name, Targets&& targets) {
   const int64_t batch = x.size(0), classes = weight.size(0);
+  STD_TORCH_CHECK(classes > 0, "bpfree: weight must hold at least one class");
   const std::vector<int32_t> known = read_labels(labels, classes);
   const Loss kind = parse<Loss>(
       loss_name, {{"ce", Loss::ce}, {"bce", Loss::bce}, {"mse", Loss::mse}}, "loss");

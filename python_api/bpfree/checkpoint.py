@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import tempfile
@@ -39,19 +40,21 @@ def save(
         extra: anything else: dictionaries, lists and tuples of tensors, numbers, strings, ``None``.
 
     Raises:
-        TypeError: something in `extra` that could not be loaded again.
+        TypeError: something in `extra` or of the scheduler that could not be loaded again.
         OSError: the file cannot be written.
     """
     _check_loadable("extra", extra)
     random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_state |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    schedule = None if scheduler is None else scheduler.state_dict()
+    _check_reads_back(schedule)
     content = {
         "format": _FORMAT,
         "epoch": epoch,
         "learner": learner.state_dict(),
         "history": [result._asdict() for result in history],
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "scheduler": schedule,
         "random_state": random_state,
         "extra": extra,
     }
@@ -138,6 +141,19 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _check_reads_back(scheduler: dict[str, Any] | None) -> None:
+    """Raise TypeError if the state of a scheduler, which may hold any object, could not be loaded."""
+    memory = io.BytesIO()
+    torch.save(scheduler, memory)
+    memory.seek(0)
+    try:
+        torch.load(memory, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TypeError(
+            "scheduler holds an object that a checkpoint cannot: its state must be plain values."
+        ) from error
 
 
 def _check_loadable(name: str, value: Any) -> None:

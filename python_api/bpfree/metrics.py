@@ -6,16 +6,12 @@ import csv
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
-import torch
-
 from bpfree.results import EpochResult
-from bpfree_kernels import __version__
+from bpfree_kernels.doctor import versions
 
 LAST_EPOCHS = 10
 """The DRTP paper reports the test error as a mean over this many epochs at the end of a run."""
@@ -56,17 +52,6 @@ def summarize(history: Sequence[EpochResult]) -> Summary:
         averaged=len(last),
         seconds=sum(result.seconds for result in history),
     )
-
-
-def versions() -> dict[str, str]:
-    """The software that a run depends on."""
-    return {
-        "bpfree": __version__,
-        "torch": str(torch.__version__),
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
 
 
 def write_metrics(

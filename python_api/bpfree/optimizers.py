@@ -92,29 +92,27 @@ class OptimizerBridge(Updates):
             )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("optimizer LBFGS needs a closure, which no rule without backprop has.")
-        known = {id(parameter) for parameter in model.parameters()}
-        for number, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                if id(parameter) not in known:
-                    raise ValueError(
-                        f"optimizer holds a parameter of shape {tuple(parameter.shape)} in group "
-                        f"{number} that is not the model's."
-                    )
         self.optimizer = optimizer
         self._backend = backend
         self._allowed = in_kernel
         self._group_of: dict[Tensor, int] = {}
-        self._sizes: list[int] = []
+        self._known = {id(parameter) for parameter in model.parameters()}
+        self._members: list[list[int]] = []
         self._groups: list[_GroupRule] = []
         self._delivered = False
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the optimizer's groups again; called before every step, so it is cheap."""
+        """Read the optimizer's groups again; called before every step, so it is cheap.
+
+        Raises:
+            ValueError: a parameter that is not the model's.
+        """
         groups = self.optimizer.param_groups
-        sizes = [len(group["params"]) for group in groups]
-        if sizes != self._sizes:
-            self._sizes = sizes
+        members = [list(map(id, group["params"])) for group in groups]
+        if members != self._members:
+            self._check_members(groups)
+            self._members = members
             self._group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
             self._groups = [_GroupRule(self.optimizer, self._allowed) for _ in groups]
         hooked = bool(
@@ -122,6 +120,15 @@ class OptimizerBridge(Updates):
         )
         for rule, group in zip(self._groups, groups, strict=True):
             rule.refresh(group, hooked)
+
+    def _check_members(self, groups: list[dict[str, Any]]) -> None:
+        for number, group in enumerate(groups):
+            for parameter in group["params"]:
+                if id(parameter) not in self._known:
+                    raise ValueError(
+                        f"optimizer holds a parameter of shape {tuple(parameter.shape)} in group "
+                        f"{number} that is not the model's."
+                    )
 
     def begin(self) -> None:
         """Start a step."""

@@ -275,7 +275,7 @@ def _refuse_shared_weights(stages: list[Stage]) -> None:
 def _trace_modules(modules: Iterable[nn.Module], x: Tensor, shape: tuple[int, ...]) -> Tensor:
     for module in modules:
         try:
-            x = module(x)
+            x = module.forward(x)  # hooks are for real batches
         except (RuntimeError, IndexError) as error:
             raise ValueError(
                 f"a sample of shape {tuple(shape)} does not fit module {module}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,8 @@ def load_state_dict(learner: Learner, saved: dict[str, Any]) -> None:
     learner.check_feedback(saved["feedback"])
     if learner.optimizer is not None:
         _check_optimizer(saved["optimizer"], learner.optimizer)
-        learner.optimizer.load_state_dict(saved["optimizer"])
+        # torch keeps the tensors that it is given, which may be another learner's.
+        learner.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     learner.model.load_state_dict(saved["model"])
     learner.seed = saved["seed"]  # feedback that waits for the first batch is drawn from it
     learner.take_feedback(saved["feedback"])

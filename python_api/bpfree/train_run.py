@@ -153,6 +153,7 @@ class TrainRun:
         make_learner = find_rule(config.rule).learner
         self.learner = make_learner(model, optimizer, loss=config.loss, seed=config.seed)
         self.history: list[EpochResult] = self._resume() if resume else []
+        self._make_out()  # last, so that a refused run leaves nothing behind
 
     @property
     def epoch(self) -> int:
@@ -212,6 +213,8 @@ class TrainRun:
                 f"{self.out} holds a run already: add --resume to go on with it, "
                 "or name another folder with --out."
             )
+
+    def _make_out(self) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

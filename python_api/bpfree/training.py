@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import seeds
-from bpfree.results import BatchInfo, EpochResult, EvalResult, StepResult
+from bpfree.losses import batch_loss
+from bpfree.results import BatchInfo, EpochResult, EvalResult
 from bpfree_kernels import checks
-from bpfree_kernels.reference.classifier import output_and_loss
 
 if TYPE_CHECKING:
     from bpfree.rules.base import Learner
@@ -104,10 +105,9 @@ def evaluate(model: nn.Module, loss: str, data: Data, batch_size: int = 1000) ->
         for x, y in _Batches(model, data, batch_size, None):
             logits = model(x)
             checks.labels(y, logits.shape[0], logits.shape[1], logits.device)
-            output, _, per_sample = output_and_loss(logits, y, loss)
             if totals is None:
-                totals = _Totals(output.device)
-            totals.add(StepResult(per_sample.mean(), output), y)
+                totals = _Totals(logits.device)
+            totals.add(batch_loss(logits, y, loss), logits, y)
     return _finished(totals)
 
 
@@ -136,7 +136,7 @@ def _run_epoch(
         result = learner.step(x, y)
         if totals is None:
             totals = _Totals(result.output.device)
-        totals.add(result, y)
+        totals.add(result.loss, result.output, y)
         if on_batch is not None:
             on_batch(BatchInfo(epoch, number, batches.count, x.shape[0], result.loss))
     finished = _finished(totals)  # waits for the device, so the time below is that of the work
@@ -173,11 +173,11 @@ class _Totals:
         self._right = torch.zeros((), dtype=torch.int64, device=device)
         self._samples = 0
 
-    def add(self, result: StepResult, y: Tensor) -> None:
-        """Count a batch."""
+    def add(self, loss: Tensor, scores: Tensor, y: Tensor) -> None:
+        """Count a batch by its mean loss and scores of the classes, [batch, classes]."""
         self._samples += y.shape[0]
-        self._loss.add_(result.loss, alpha=y.shape[0])
-        self._right.add_((result.output.argmax(1) == y).sum())
+        self._loss.add_(loss, alpha=y.shape[0])
+        self._right.add_((scores.argmax(1) == y).sum())
 
     def result(self) -> EvalResult:
         """Read the sums, which waits for the device."""
@@ -221,7 +221,9 @@ class _Batches:
         else:
             self._batches = iter(data)
             if isinstance(data, Sized):
-                self.count = len(data)
+                # A DataLoader of an IterableDataset is Sized by its type, but has no length.
+                with contextlib.suppress(TypeError):
+                    self.count = len(data)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._batches:

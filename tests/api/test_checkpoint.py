@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def assert_same(got: Any, wanted: Any) -> None:
     if isinstance(wanted, torch.Tensor):
         assert got.dtype == wanted.dtype
         assert torch.equal(got, wanted)
-    elif isinstance(wanted, dict):
+    elif isinstance(wanted, Mapping):
         assert got.keys() == wanted.keys()
         for key in wanted:
             assert_same(got[key], wanted[key])
@@ -259,3 +260,23 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
     torch.manual_seed(99)
     checkpoint.restore(learner, checkpoint.load(tmp_path / "a.pt"))
     assert torch.equal(torch.rand(5), wanted)
+
+
+def test_two_learners_share_nothing() -> None:
+    """A state that was handed over from a living learner is a copy, the optimizer's part too."""
+    one, other = make_learner(), make_learner(seed=1)
+    one.step(*dense_batch())
+    other.load_state_dict(one.state_dict())
+    before = copy.deepcopy(one.state_dict())
+    other.step(*dense_batch())
+    assert_same(one.state_dict(), before)
+
+
+def test_a_scheduler_that_could_not_be_read_back(tmp_path: Path) -> None:
+    """Found when it is saved, not when it is needed."""
+    learner = make_learner()
+    scheduler = make_scheduler(learner)
+    scheduler.note = Path("anything")  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="scheduler holds an object"):
+        checkpoint.save(tmp_path / "file", learner, epoch=0, scheduler=scheduler)
+    assert not list(tmp_path.iterdir())

@@ -192,7 +192,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_too(
         (["--data", "svhn"], "data set must be one of digits, mnist"),
         (
             ["--data", "mnist", "--data-dir", "nowhere"],
-            "nowhere, given by data_dir, is not a folder",
+            "nowhere, given by data_dir (--data-dir), is not",
         ),
         (["--loss", "l7"], "loss must be one of"),
         (["--activation", "swish"], "activation must be one of tanh"),

@@ -325,7 +325,7 @@ class TestErrorsChangeNothing:
 
 class TestArguments:
     def test_loss(self) -> None:
-        with pytest.raises(ValueError, match="loss must be one of bce, ce, mse, got 'hinge'"):
+        with pytest.raises(ValueError, match="loss must be one of ce, bce, mse, got 'hinge'"):
             bpfree.DRTP(dense(), loss="hinge")
 
     def test_backend(self) -> None:

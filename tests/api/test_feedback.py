@@ -106,3 +106,22 @@ def test_feedback_follows_the_model() -> None:
     learner.model.double()
     learner.grads(*dense_batch())
     assert {f.dtype for f in learner.feedback.values()} == {torch.float64}
+
+
+def test_feedback_is_read_only() -> None:
+    """A matrix of another shape could only fail in the middle of a step."""
+    learner = bpfree.DRTP(dense())
+    name = next(iter(learner.feedback))
+    with pytest.raises(TypeError):
+        learner.feedback[name] = torch.zeros(1)  # type: ignore[index]
+    with pytest.raises(TypeError, match=r"must be a torch.Tensor, got list"):
+        bpfree.DRTP(dense(), feedback={name: [[1.0]]})  # type: ignore[dict-item]
+
+
+def test_hooks_see_real_batches_only() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    seen = []
+    model[0].register_forward_hook(lambda _module, args, _out: seen.append(args[0].device.type))
+    learner = bpfree.DRTP(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    learner.step(torch.ones(3, 2, 2), torch.tensor([0, 1, 0]))
+    assert seen == ["cpu"]

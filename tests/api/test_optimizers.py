@@ -316,3 +316,12 @@ class TestRefused:
         with pytest.raises(ValueError, match="lr of SGD must be finite and not negative"):
             learner.step(*dense_batch())
         assert_equal(learner.model, before)
+
+
+def test_a_parameter_that_was_put_in_later() -> None:
+    """The optimizer's groups may change at any time; a stranger among them is refused."""
+    learner = make_learner(IN_KERNEL["sgd"])
+    stranger = torch.nn.Parameter(torch.zeros(2))
+    learner.optimizer.param_groups[0]["params"][0] = stranger
+    with pytest.raises(ValueError, match="that is not the model's"):
+        learner.step(*dense_batch())

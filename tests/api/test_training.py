@@ -314,3 +314,33 @@ def test_a_dead_hidden_layer_is_noticed() -> None:
             return super()._learn_hidden(stage, x, y, updates)
 
     assert not train(OneLayerDead)[1]
+
+
+class _Stream(torch.utils.data.IterableDataset[tuple[torch.Tensor, int]]):
+    """A data set without a length."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        x, y = dense_batch()
+        return iter(list(zip(x, y.tolist(), strict=True)))
+
+
+def test_a_loader_without_a_length() -> None:
+    model = dense()
+    learner = bpfree.DRTP(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    loader = torch.utils.data.DataLoader(_Stream(), batch_size=2)
+    counts = []
+    learner.fit(loader, epochs=2, on_batch=lambda info: counts.append(info.batches))
+    assert counts
+    assert set(counts) == {None}
+    assert learner.evaluate(loader).samples == len(dense_batch()[0])
+
+
+def test_saturated_outputs_do_not_tie() -> None:
+    """Accuracy is judged by the logits: their sigmoids may both round to 1."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    result = bpfree.Shallow(model, loss="bce").evaluate(
+        (torch.tensor([[20.0, 30.0]]), torch.tensor([1]))
+    )
+    assert result.accuracy == 1

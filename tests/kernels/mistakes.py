@@ -75,6 +75,12 @@ def _wild(value: int) -> Callable[[Tensor], Tensor]:
 
 
 MISTAKES = {
+    "no classes": Mistake(
+        ("classifier_step", "classifier_grad"),
+        lambda a: {"weight": a["weight"][:0], "bias": None, "state": None}
+        if "state" in a else {"weight": a["weight"][:0], "bias": None},
+        ValueError, ("weight", "class"),
+    ),
     # not tensors at all
     "x is a list": Mistake(LAYERS, _replaced("x", Tensor.tolist), TypeError, ("x", "list")),
     "x is an array": Mistake(LAYERS, _replaced("x", Tensor.numpy), TypeError, ("x", "ndarray")),

@@ -236,3 +236,12 @@ def test_label_checks_on_the_gpu_are_off_by_default() -> None:
                 bk.drtp_signal(torch.zeros(1, 2), torch.zeros(3, 2), labels)
     finally:
         bk.set_label_checks(on_gpu=False)
+
+
+def test_importing_starts_no_cuda() -> None:
+    """A context on the first GPU in every process would cost memory, and forbid it to fork."""
+    program = "import bpfree_kernels, torch; print(torch.cuda.is_initialized())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"

@@ -133,7 +133,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
 
 def _roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
     """The folders to look into, in order; each must exist, so that a slip of the pen is seen."""
-    named = [("data_dir", data_dir), (f"${ENVIRONMENT}", os.environ.get(ENVIRONMENT))]
+    named = [("data_dir (--data-dir)", data_dir), (f"${ENVIRONMENT}", os.environ.get(ENVIRONMENT))]
     roots = [(origin, Path(folder)) for origin, folder in named if folder]
     for origin, root in roots:
         if not root.is_dir():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -40,7 +41,7 @@ class Learner(ABC):
         loss: name of the loss.
         seed: seed of the rule's own random numbers.
         backend: backend of the ops; ``None`` is the device's default.
-        feedback: fixed feedback by layer name, filled in as it is made; empty for rules without.
+        feedback: fixed feedback by layer name, there once it is made; empty for rules without.
     """
 
     rule: ClassVar[str]
@@ -83,7 +84,7 @@ class Learner(ABC):
         self.loss = loss
         self.seed = seed
         self.backend = backend
-        self.feedback: dict[str, Tensor] = {}
+        self._feedback: dict[str, Tensor] = {}
         self._updates = (
             None
             if optimizer is None
@@ -95,6 +96,11 @@ class Learner(ABC):
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The torch optimizer, or ``None``."""
         return None if self._updates is None else self._updates.optimizer
+
+    @property
+    def feedback(self) -> Mapping[str, Tensor]:
+        """Fixed feedback by layer name; read-only, its tensors may be changed in place."""
+        return MappingProxyType(self._feedback)
 
     # What a rule implements
 
@@ -232,6 +238,7 @@ class Learner(ABC):
             given: feedback by name; not every name has to be there.
 
         Raises:
+            TypeError: something that is no tensor.
             ValueError: an unknown name, or a shape that does not fit.
         """
         shapes = self._feedback_shapes()
@@ -241,6 +248,7 @@ class Learner(ABC):
                     f"feedback has {name!r}, but {type(self).__name__} has feedback for "
                     f"{', '.join(map(repr, shapes)) or 'no layer'}."
                 )
+            checks.tensor(f"feedback of {name!r}", tensor)
             wanted = shapes[name]
             if name in self.feedback:
                 wanted = tuple(self.feedback[name].shape)
@@ -255,9 +263,9 @@ class Learner(ABC):
     def take_feedback(self, given: Mapping[str, Tensor]) -> None:
         """Replace the learner's feedback by checked feedback; what is left out is made anew."""
         like = self.network.output.layer.weight
-        self.feedback.clear()
+        self._feedback.clear()
         for name, tensor in given.items():
-            self.feedback[name] = tensor.detach().to(like.device, like.dtype, copy=True)
+            self._feedback[name] = tensor.detach().to(like.device, like.dtype, copy=True)
         self._last_input = None
 
     # Explaining

@@ -98,7 +98,7 @@ class DRTP(Learner):
                 )
             weight = stage.layer.weight
             ready[stage.name] = feedback.to(weight.device, weight.dtype)
-        self.feedback.update(ready)
+        self._feedback.update(ready)
 
     def _learn(self, x: Tensor, y: Tensor, updates: Updates) -> StepResult:
         x = self.network.enter(x)
