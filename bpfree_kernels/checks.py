@@ -136,14 +136,18 @@ def disjoint(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | N
     spans: list[tuple[int, int, str, bool]] = []
     for group, is_written in ((written, True), (read, False)):
         for name, value in group.items():
-            if value is None or value.numel() == 0 or value.is_meta:
+            start = 0 if value is None else value.data_ptr()
+            if value is None or start == 0:  # no tensor, or one without memory: empty or meta
                 continue
-            if is_written and not value.is_contiguous() and _overlaps_itself(value):
+            if value.is_contiguous():
+                spans.append((start, start + value.nbytes, name, is_written))
+                continue
+            if is_written and _overlaps_itself(value):
                 raise ValueError(
                     f"{name} is updated in place and must not be an expanded or overlapping tensor."
                 )
-            start = value.data_ptr()
-            spans.append((start, start + _span(value), name, is_written))
+            reach = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+            spans.append((start, start + (reach + 1) * value.itemsize, name, is_written))
     written_end, any_end = (0, ""), (0, "")  # how far the spans seen so far reach, and whose it is
     for start, end, name, is_written in sorted(spans):
         reach_end, other = any_end if is_written else written_end
@@ -154,14 +158,6 @@ def disjoint(written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | N
         any_end = max(any_end, (end, name))
         if is_written:
             written_end = max(written_end, (end, name))
-
-
-def _span(value: Tensor) -> int:
-    """Bytes from the first element of a tensor to the end of its last."""
-    if value.is_contiguous():
-        return value.nbytes
-    reach = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-    return (reach + 1) * value.itemsize
 
 
 def _overlaps_itself(value: Tensor) -> bool:

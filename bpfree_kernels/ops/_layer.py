@@ -59,20 +59,19 @@ def check_param_state(label: str, param: Tensor, state: ParamState, update: Upda
         TypeError, ValueError: a tensor that is missing, or that does not match the parameter.
     """
     check_state_type(state, ParamState)
-    rule = update.args()
-    adam = rule.optimizer != "sgd"
-    needed = {"m": adam or rule.beta1 != 0, "v": adam, "step": adam}
+    adam = isinstance(update, Adam)
+    has_m = isinstance(update, Adam) or update.momentum != 0
+    needed = {"m": has_m, "v": adam, "step": adam}
     for field, is_needed in needed.items():
-        tensor = getattr(state, field)
-        if tensor is None:
-            if is_needed:
-                name = type(update).__name__
-                raise ValueError(f"{label}.{field} is missing, but {name} needs it.")
-        elif field == "step":
-            checks.scalar(f"{label}.step", tensor, param.device)
-        else:
-            checks.shape(f"{label}.{field}", tensor, tuple(param.shape), "of its parameter")
+        if is_needed and getattr(state, field) is None:
+            name = type(update).__name__
+            raise ValueError(f"{label}.{field} is missing, but {name} needs it.")
+    for field, tensor in (("m", state.m), ("v", state.v)):
+        if tensor is not None:
+            checks.shape(f"{label}.{field}", tensor, param.shape, "of its parameter")
             checks.same_kind(f"{label}.{field}", tensor, "its parameter", param)
+    if state.step is not None:
+        checks.scalar(f"{label}.step", state.step, param.device)
 
 
 _WRITTEN = ("weight", "bias", "state.weight.m", "state.weight.v", "state.bias.m", "state.bias.v")
@@ -121,9 +120,9 @@ class LayerUpdate:
             weight_m, weight_v, of_weight.step, bias_m, bias_v, of_bias.step,
         )  # fmt: skip
         wrote(self._written, stand_ins)
-        for state in self._states:
-            if state.step is not None:
-                state.step.add_(1)
+        steps = [state.step for state in self._states if state.step is not None]
+        if steps:
+            torch._foreach_add_(steps, 1)  # one call, and on a device one launch
         return result
 
 
