@@ -104,8 +104,8 @@ def test_step(
         sides = {"ours, graph": sides.pop("ours, graph"), **sides}
     name = f"drtp {'-'.join(map(str, widths))} batch {batch} {optimizer} {device}"
     errors = _errors(widths, feedback[0], x, labels)
-    # As in training, where one step follows another: the rest of the machine's cache is not ours to
-    # lose, but what the other sides left in it must not be counted either.
+    # Runs of steps, as in training, where a small net's weights stay in the cache. Alternating after
+    # very few steps measures a cold cache instead: our figures are then lower.
     rounds, inner = (12, 2) if widths[0] > 1000 and device == "cpu" else (30, 20)
     result = compare(name, sides, device=device, rounds=rounds, inner=inner, errors=errors)
     benchmark.extra_info.update({side: result.ratio(side) for side in result.medians})

@@ -52,7 +52,8 @@ class Rule:
         learner: makes the learner.
         loss: default loss of the output layer, the one of the rule's paper.
         lr: default learning rate, for Adam.
-        demo_lr: learning rate (Adam) for the demo's small net and data.
+        demo_lr: learning rate (Adam) for the demo's small net and data, picked among a few by its test
+            accuracy: the demo illustrates, it is no benchmark of accuracy.
         plain: makes the plain-PyTorch formulation for the model and the feedback of a learner;
             ``None`` for baselines, which are plain PyTorch themselves.
     """
