@@ -46,7 +46,12 @@ def peak_extra(rule: str, depth: int) -> int:
     """Bytes above what was resident before a step, at the step's highest."""
     arguments = [rule, *map(str, (depth, WIDTH, BATCH, CLASSES))]
     # freed blocks go back at once, so that what is resident is what is in use
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "BPFREE_CPU_CACHE_MB": "0",
+    }
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE, *arguments],
         capture_output=True, text=True, check=True, env=environment,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,21 +60,27 @@ def check_param_state(label: str, param: Tensor, state: ParamState, update: Upda
     """
     check_state_type(state, ParamState)
     adam = isinstance(update, Adam)
-    has_m = isinstance(update, Adam) or update.momentum != 0
-    needed = {"m": has_m, "v": adam, "step": adam}
-    for field, is_needed in needed.items():
-        if is_needed and getattr(state, field) is None:
+    m, v, step = state.m, state.v, state.step
+    for field, tensor, needed in (
+        ("m", m, adam or cast(SGD, update).momentum != 0),
+        ("v", v, adam),
+        ("step", step, adam),
+    ):
+        if tensor is None and needed:
             name = type(update).__name__
             raise ValueError(f"{label}.{field} is missing, but {name} needs it.")
-    for field, tensor in (("m", state.m), ("v", state.v)):
-        if tensor is not None:
-            checks.shape(f"{label}.{field}", tensor, param.shape, "of its parameter")
-            checks.same_kind(f"{label}.{field}", tensor, "its parameter", param)
-    if state.step is not None:
-        checks.scalar(f"{label}.step", state.step, param.device)
+    if m is not None:
+        checks.like(f"{label}.m", m, "its parameter", param)
+    if v is not None:
+        checks.like(f"{label}.v", v, "its parameter", param)
+    if step is not None:
+        checks.scalar(f"{label}.step", step, param.device)
 
 
-_WRITTEN = ("weight", "bias", "state.weight.m", "state.weight.v", "state.bias.m", "state.bias.v")
+_WRITTEN = (
+    "weight", "bias", "state.weight.m", "state.weight.v", "state.bias.m", "state.bias.v",
+    "state.weight.step", "state.bias.step",
+)  # fmt: skip
 
 
 class LayerUpdate:
@@ -103,12 +109,9 @@ class LayerUpdate:
     def check_disjoint(self, **read: Tensor | None) -> None:
         """Raise ValueError if something that the update writes shares memory with another tensor."""
         of_weight, of_bias = self._states
-        written = {
-            **dict(zip(_WRITTEN, self._written, strict=True)),
-            "state.weight.step": of_weight.step,
-            "state.bias.step": of_bias.step,
-        }
-        checks.disjoint(written, {**read, "lr of update": self._rule.lr_tensor})
+        written = (*self._written, of_weight.step, of_bias.step)
+        read["lr of update"] = self._rule.lr_tensor
+        checks.disjoint(dict(zip(_WRITTEN, written, strict=True)), read)
 
     def run(self, body: Callable[..., Any], before: tuple[Any, ...], after: tuple[Any, ...]) -> Any:
         """Call ``body(*before, weight, bias, *after, update…)``, then count the step."""
@@ -152,8 +155,7 @@ class LayerGradients:
             ("grad_bias", grad_bias, bias),
         ):
             if grad is not None and param is not None:
-                checks.shape(name, grad, tuple(param.shape), f"of {name.removeprefix('grad_')}")
-                checks.same_kind(name, grad, name.removeprefix("grad_"), param)
+                checks.like(name, grad, name.removeprefix("grad_"), param)
         self.weight = weight.new_empty(weight.shape) if grad_weight is None else grad_weight
         self.bias = (
             bias.new_empty(bias.shape) if bias is not None and grad_bias is None else grad_bias

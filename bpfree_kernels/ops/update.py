@@ -54,8 +54,7 @@ def apply_update(
         RuntimeError: a backend that cannot run here.
     """
     checks.floating("param", param)
-    checks.shape("grad", grad, tuple(param.shape), "of param")
-    checks.same_kind("grad", grad, "param", param)
+    checks.like("grad", grad, "param", param)
     check_update(update, param.device)
     state = ParamState() if state is None else state
     check_param_state("state", param, state, update)

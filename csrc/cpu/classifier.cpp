@@ -1,6 +1,8 @@
 // The output layer on the CPU (equations: bpfree_kernels/ops/classifier.py).
 #include "classifier.h"
 
+#include "dense.h"
+
 namespace bpfree::cpu {
 namespace {
 
@@ -20,21 +22,13 @@ std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& x, const Tensor& weigh
   const Tensor loss = empty_like(x, {batch});
   with_dtype(x, [&]<class T>() {
     const Kernels<T>& k = kernels<T>();
-    const Scratch<T> panels(panel_elements<T>(x)), signal(batch * classes);
-    const Input<T> input = pack_input<T>(x, panels);
+    const Scratch<T> signal(batch * classes);
     const auto [to_weight, to_bias] = targets.template operator()<T>();
-    torch::stable::parallel_for(
-        0, blocks(classes, k.row_block), 1, [&](int64_t begin, int64_t end) {
-          const Scratch<T> scratch(k.forward_scratch(batch));
-          k.forward_rows(input, data<T>(weight), data<T>(bias), classes, data<T>(output), begin,
-                         end, scratch.get());
-        });
-    constexpr int64_t kElementsPerTask = 4096;
-    torch::stable::parallel_for(
-        0, batch, kElementsPerTask / classes + 1, [&](int64_t begin, int64_t end) {
-          k.classify(kind, known.data(), classes, static_cast<T>(scale), data<T>(output),
-                     data<T>(error), signal.get(), data<T>(loss), begin, end);
-        });
+    dense_forward(x, weight, data<T>(bias), data<T>(output), [&](int64_t begin, int64_t end) {
+      k.classify(kind, known.data(), classes, static_cast<T>(scale), data<T>(output),
+                 data<T>(error), signal.get(), data<T>(loss), begin, end);
+    });
+    const Input<T> input = {data<T>(x), nullptr, batch, x.size(1)};
     torch::stable::parallel_for(
         0, blocks(input.in, k.column_block), 4, [&](int64_t begin, int64_t end) {
           const Scratch<T> scratch(k.update_scratch(batch));

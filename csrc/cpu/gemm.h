@@ -7,6 +7,7 @@
 #pragma once
 
 #include "optimizer.h"
+#include "transpose.h"
 
 namespace bpfree::cpu::BPFREE_ISA {
 
@@ -53,21 +54,14 @@ inline void with_count(int64_t n, F&& f) {
 
 template <class T>
 void pack(const T* x, int64_t batch, int64_t in, T* panels, int64_t begin, int64_t end) {
-  constexpr int64_t kBlock = 16;  // features at a time: reads stay within cache lines
   for (int64_t sample = 0; sample < batch; sample += kPanel<T>) {
     const int64_t width = panel_width<T>(sample, batch);
     const int64_t here = batch - sample < width ? batch - sample : width;
-    T* panel = panels + sample * in;
-    for (int64_t k0 = begin; k0 < end; k0 += kBlock) {
-      const int64_t k1 = k0 + kBlock < end ? k0 + kBlock : end;
-      for (int64_t j = 0; j < here; ++j) {
-        const T* row = x + (sample + j) * in;
-        for (int64_t k = k0; k < k1; ++k) panel[k * width + j] = row[k];
-      }
-      for (int64_t k = k0; k < k1; ++k) {
-        for (int64_t j = here; j < width; ++j) panel[k * width + j] = T(0);
-      }
-    }
+    T* panel = panels + sample * in + begin * width;
+    for_columns(x + sample * in + begin, in, here, end - begin,
+                [&](int64_t k, int64_t j, Vec<T> values, int64_t) {
+                  store(panel + k * width + j, values);
+                });
   }
 }
 

@@ -19,10 +19,27 @@ void forward_rows(const Input<T>& x, const T* weight, const T* bias, int64_t out
     const int64_t row = block * kRowBlock;
     const int64_t rows = out - row < kRowBlock ? out - row : kRowBlock;
     forward_block(weight + row * x.in, rows, x, scratch);
-    for (int64_t n = 0; n < x.batch; ++n) {
-      for (int64_t r = 0; r < rows; ++r) {
-        z[n * out + row + r] = scratch[r * stride + n] + (bias ? bias[row + r] : T(0));
-      }
+    for_columns(scratch, stride, rows, x.batch,
+                [&](int64_t n, int64_t r, Vec<T> values, int64_t lanes) {
+                  if (bias) values += load_lanes(bias + row + r, lanes);
+                  store_lanes(z + n * out + row + r, values, lanes);
+                });
+  }
+}
+
+template <class T>
+void forward_samples(const T* x, const Input<T>& weight, const T* bias, T* z, int64_t begin,
+                     int64_t end, T* scratch) {
+  const int64_t out = weight.batch, stride = padded<T>(out);
+  for (int64_t n = begin; n < end; n += kRowBlock) {
+    const int64_t samples = end - n < kRowBlock ? end - n : kRowBlock;
+    forward_block(x + n * weight.in, samples, weight, scratch);
+    for (int64_t j = 0; j < samples; ++j) {
+      for_vectors<T>(out, [&](int64_t c, int64_t lanes) {
+        Vec<T> values = load_lanes(scratch + j * stride + c, lanes);
+        if (bias) values += load_lanes(bias + c, lanes);
+        store_lanes(z + (n + j) * out + c, values, lanes);
+      });
     }
   }
 }
@@ -38,13 +55,19 @@ void update_bias(const T* signal, int64_t stride, int64_t out, int64_t batch, co
   });
 }
 
+// Row length of a block's signal: whole vectors.
+template <class T>
+inline constexpr int64_t kSignalStride = (kRowBlock + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+
 template <class T>
 int64_t drtp_scratch(int64_t batch) {
   // z and f'(z) by output row, the signal by sample, and what the update's ragged columns need
-  return 2 * kRowBlock * padded<T>(batch) + kRowBlock * batch + update_block_scratch<T>(batch);
+  return 2 * kRowBlock * padded<T>(batch) + kSignalStride<T> * batch +
+         update_block_scratch<T>(batch);
 }
 
-// Activation and signal of a block: z [rows][stride] becomes output [batch][out] and signal [batch][24].
+// Activation and signal of a block: z [rows][stride] becomes output [batch][out] and signal
+// [batch][kSignalStride].
 template <class T>
 void drtp_signal_block(const DrtpLinear<T>& layer, int64_t row, int64_t rows, T* z, T* derivative,
                        T* signal) {
@@ -59,18 +82,16 @@ void drtp_signal_block(const DrtpLinear<T>& layer, int64_t row, int64_t rows, T*
       }
     }
   });
-  for (int64_t n = 0; n < batch; ++n) {
-    const int32_t label = layer.labels[n];
-    T* output = layer.output + n * layer.out + row;
-    T* post = signal + n * kRowBlock;
-    for (int64_t r = 0; r < rows; ++r) output[r] = z[r * stride + n];
-    if (label < 0) {
-      for (int64_t r = 0; r < rows; ++r) post[r] = T(0);
-    } else {
-      const T* feedback = layer.feedback + label * layer.out + row;
-      for (int64_t r = 0; r < rows; ++r) post[r] = feedback[r] * derivative[r * stride + n];
-    }
-  }
+  for_columns(z, stride, rows, batch, [&](int64_t n, int64_t r, Vec<T> values, int64_t lanes) {
+    store_lanes(layer.output + n * layer.out + row + r, values, lanes);
+  });
+  for_columns(derivative, stride, rows, batch,
+              [&](int64_t n, int64_t r, Vec<T> values, int64_t lanes) {
+                const int32_t label = layer.labels[n];
+                const T* feedback = layer.feedback + label * layer.out + row + r;
+                const Vec<T> random = label < 0 ? Vec<T>{} : load_lanes(feedback, lanes);
+                store(signal + n * kSignalStride<T> + r, random * values);
+              });
 }
 
 template <class T>
@@ -79,58 +100,62 @@ void drtp_rows(const DrtpLinear<T>& layer, int64_t begin, int64_t end, T* scratc
   T* z = scratch;
   T* derivative = z + kRowBlock * padded<T>(x.batch);
   T* signal = derivative + kRowBlock * padded<T>(x.batch);
-  T* ragged = signal + kRowBlock * x.batch;
+  T* ragged = signal + kSignalStride<T> * x.batch;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t row = block * kRowBlock;
     const int64_t rows = layer.out - row < kRowBlock ? layer.out - row : kRowBlock;
     forward_block(layer.weight + row * x.in, rows, x, z);
     drtp_signal_block(layer, row, rows, z, derivative, signal);
-    update_block(signal, kRowBlock, rows, x, 0, x.in, layer.to_weight.at(row * x.in), ragged);
+    update_block(signal, kSignalStride<T>, rows, x, 0, x.in, layer.to_weight.at(row * x.in),
+                 ragged);
     if (layer.to_bias.value) {
-      update_bias<T>(signal, kRowBlock, rows, x.batch, layer.to_bias.at(row));
+      update_bias<T>(signal, kSignalStride<T>, rows, x.batch, layer.to_bias.at(row));
     }
   }
 }
 
+// The rows of an output layer: logits in y become outputs, and *loss the sample's loss. A label below 0 is
+// no class: a target of zeros.
 template <class T>
-void softmax_row(const T* z, int64_t classes, int32_t label, T* y, T* loss) {
-  T peak = z[0];
-  for (int64_t c = 1; c < classes; ++c) peak = z[c] > peak ? z[c] : peak;
-  const T shifted = label < 0 ? T(0) : z[label] - peak;
+void softmax_row(T* y, int64_t classes, int32_t label, T* loss) {
+  T peak = y[0];
+  for (int64_t c = 1; c < classes; ++c) peak = y[c] > peak ? y[c] : peak;
+  const T shifted = label < 0 ? T(0) : y[label] - peak;
   Vec<T> total = {};
   for_vectors<T>(classes, [&](int64_t c, int64_t lanes) {
-    Vec<T> e = vexp<T>(load_lanes(z + c, lanes) - peak);
+    const Vec<T> e = vexp<T>(load_lanes(y + c, lanes) - peak);
     store_lanes<T>(y + c, e, lanes);
-    if (lanes < kLanes<T>) e = load_some(y + c, lanes);
-    total += e;
+    total += lanes < kLanes<T> ? first_lanes<T>(e, lanes) : e;
   });
   const T mass = sum<T>(total);
   for (int64_t c = 0; c < classes; ++c) y[c] /= mass;
   *loss = label < 0 ? T(0) : natural_log(mass) - shifted;
 }
 
-// Binary cross-entropy with logits: max(z, 0) - z t + log(1 + e^-|z|), stable on both sides.
+// Binary cross-entropy with logits, stable on both sides: max(z, 0) + log(1 + e^-|z|), where z changes its
+// sign for the label.
 template <class T>
-void sigmoid_row(const T* z, int64_t classes, int32_t label, T* y, T* loss) {
-  T total = T(0);
-  for (int64_t c = 0; c < classes; ++c) {
-    const T logit = z[c];
-    total += (logit > 0 ? logit : T(0)) - (c == label ? logit : T(0)) +
-             log_one_plus(exponential(logit > 0 ? -logit : logit));
-  }
+void sigmoid_row(T* y, int64_t classes, int32_t label, T* loss) {
+  if (label >= 0) y[label] = -y[label];
+  Vec<T> total = {};
   for_vectors<T>(classes, [&](int64_t c, int64_t lanes) {
-    store_lanes<T>(y + c, vsigmoid<T>(load_lanes(z + c, lanes)), lanes);
+    const Vec<T> z = load_lanes(y + c, lanes);
+    const Vec<T> terms = vmax<T>(z, Vec<T>{}) + vlog1p<T>(vexp<T>(-vabs<T>(z)));
+    total += lanes < kLanes<T> ? first_lanes<T>(terms, lanes) : terms;
   });
-  *loss = total / T(classes);
+  if (label >= 0) y[label] = -y[label];
+  for_vectors<T>(classes, [&](int64_t c, int64_t lanes) {
+    store_lanes<T>(y + c, vsigmoid<T>(load_lanes(y + c, lanes)), lanes);
+  });
+  *loss = sum<T>(total) / T(classes);
 }
 
 template <class T>
-void linear_row(const T* z, int64_t classes, int32_t label, T* y, T* loss) {
+void linear_row(T* y, int64_t classes, int32_t label, T* loss) {
   T total = T(0);
   for (int64_t c = 0; c < classes; ++c) {
-    const T difference = z[c] - (c == label ? T(1) : T(0));
+    const T difference = y[c] - (c == label ? T(1) : T(0));
     total += difference * difference;
-    y[c] = z[c];
   }
   *loss = total / T(classes);
 }
@@ -143,7 +168,7 @@ void classify(Loss kind, const int32_t* labels, int64_t classes, T scale, T* out
                                        : linear_row<T>;
   for (int64_t n = begin; n < end; ++n) {
     T* y = output + n * classes;
-    row(y, classes, labels[n], y, loss + n);
+    row(y, classes, labels[n], loss + n);
     for (int64_t c = 0; c < classes; ++c) {
       const T e = y[c] - (c == labels[n] ? T(1) : T(0));
       error[n * classes + c] = e;
@@ -187,7 +212,7 @@ template <class T>
 const Kernels<T>& table() {
   static const Kernels<T> kernels = {
       kPanel<T>,      kRowBlock,          kColumns<T>,       pack<T>,
-      drtp_rows<T>,   drtp_scratch<T>,    forward_rows<T>,   forward_scratch<T>,
+      drtp_rows<T>,   drtp_scratch<T>,    forward_rows<T>,   forward_samples<T>, forward_scratch<T>,
       classify<T>,    update_columns<T>,  update_block_scratch<T>, update_bias<T>,
       signal_rows<T>, apply<T>,
   };

@@ -86,8 +86,13 @@ struct Kernels {
   // z = x W^T + bias into z [batch, out], for row blocks [begin, end).
   void (*forward_rows)(const Input<T>&, const T* weight, const T* bias, int64_t out, T* z,
                        int64_t begin, int64_t end, T* scratch);
-  int64_t (*forward_scratch)(int64_t batch);
-  // Output, error, signal and loss of samples [begin, end) from logits; output may be the logits.
+  // The same with the operands' roles changed, for fewer outputs than samples: rows of x against panels
+  // of the weight, for samples [begin, end); weight.batch is the number of outputs.
+  void (*forward_samples)(const T* x, const Input<T>& weight, const T* bias, T* z, int64_t begin,
+                          int64_t end, T* scratch);
+  // For either, with the size of the packed operand.
+  int64_t (*forward_scratch)(int64_t packed);
+  // Output, error, signal and loss of samples [begin, end); output holds the logits before.
   void (*classify)(Loss, const int32_t* labels, int64_t classes, T scale, T* output, T* error,
                    T* signal, T* loss, int64_t begin, int64_t end);
   // Gradient of the weight, signal^T x, for column blocks [begin, end), sent to its target.

@@ -13,6 +13,7 @@ struct ExpConstants<float> {
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kLimit = 87.0f;  // e^-limit is still a normal number
+  static constexpr int kLogTerms = 8;
 };
 template <>
 struct ExpConstants<double> {
@@ -20,6 +21,7 @@ struct ExpConstants<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kLimit = 708.0;
+  static constexpr int kLogTerms = 17;
 };
 
 template <class T>
@@ -47,8 +49,6 @@ inline float exponential(float x) { return __builtin_expf(x); }
 inline double exponential(double x) { return __builtin_exp(x); }
 inline float natural_log(float x) { return __builtin_logf(x); }
 inline double natural_log(double x) { return __builtin_log(x); }
-inline float log_one_plus(float x) { return __builtin_log1pf(x); }
-inline double log_one_plus(double x) { return __builtin_log1p(x); }
 
 template <class T>
 inline Vec<T> vsqrt(Vec<T> x) {
@@ -101,6 +101,15 @@ inline Vec<T> vsigmoid(Vec<T> x) {
   const Vec<T> small = e / (T(1) + e);
   // 1 / (1 + e) rather than 1 - small: both sides keep their relative accuracy.
   return x < T(0) ? small : T(1) / (T(1) + e);
+}
+
+// log(1 + x) for x in [0, 1]: 2 artanh(s) = 2 (s + s^3/3 + s^5/5 + ...) with s = x / (2 + x) <= 1/3.
+template <class T>
+inline Vec<T> vlog1p(Vec<T> x) {
+  const Vec<T> s = x / (x + T(2)), square = s * s;
+  Vec<T> series = {};
+  for (int k = ExpConstants<T>::kLogTerms; k >= 0; --k) series = series * square + T(1.0 / (2 * k + 1));
+  return T(2) * s * series;
 }
 
 }  // namespace bpfree::cpu::BPFREE_ISA

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "memory.h"
 
 namespace bpfree::cpu {
 
@@ -34,14 +35,12 @@ T* data(const MaybeTensor& tensor) {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : memory_(static_cast<T*>(::operator new(count * sizeof(T), kAlignment))) {}
+  explicit Scratch(int64_t count) : memory_(static_cast<T*>(take_memory(count * sizeof(T)))) {}
   T* get() const { return memory_.get(); }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
   struct Free {
-    void operator()(T* memory) const { ::operator delete(memory, kAlignment); }
+    void operator()(T* memory) const { return_memory(memory); }
   };
   std::unique_ptr<T, Free> memory_;
 };
@@ -57,9 +56,17 @@ auto with_dtype(const Tensor& tensor, F&& f) {
                                                    : f.template operator()<double>();
 }
 
+// An uninitialised tensor of the dtype of `like`, in memory that is used again (memory.h) if it is large.
 inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> shape) {
   const std::vector<int64_t> sizes(shape);
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
+  int64_t bytes = like.element_size();
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes < kPooledBytes) return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
+  return torch::stable::from_blob(take_memory(bytes), {sizes.data(), sizes.size()},
+                                  {strides.data(), strides.size()}, like.device(),
+                                  like.scalar_type(), return_memory);
 }
 
 // Labels as int32, -1 for those outside [0, classes): kernels never form an address from another.

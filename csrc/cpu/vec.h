@@ -67,6 +67,14 @@ inline void store_some(T* to, Vec<T> v, int64_t count) {
   std::memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
 }
 
+// The first `count` lanes of a vector, zeros behind them.
+template <class T>
+inline Vec<T> first_lanes(Vec<T> v, int64_t count) {
+  Vec<T> kept = {};
+  std::memcpy(&kept, &v, static_cast<size_t>(count) * sizeof(T));
+  return kept;
+}
+
 template <class T>
 inline Vec<T> splat(T value) {
   return value - Vec<T>{};  // unlike value + {}, this keeps a negative zero
@@ -96,6 +104,8 @@ template <class T>
 inline void store_lanes(T* to, Vec<T> v, int64_t lanes) {
   if (lanes == kLanes<T>) {
     store(to, v);
+  } else if (lanes == kLanes<T> / 2) {  // half a vector, without a call: what row blocks end in
+    std::memcpy(to, &v, sizeof v / 2);
   } else {
     store_some(to, v, lanes);
   }
