@@ -9,8 +9,15 @@ from bpfree_kernels._version import __version__
 from bpfree_kernels.activations import ACTIVATIONS
 from bpfree_kernels.backends import BackendFallbackWarning, explain
 from bpfree_kernels.checks import set_label_checks
-from bpfree_kernels.ops.classifier import ClassifierOutput, classifier_grad, classifier_step
+from bpfree_kernels.ops.classifier import (
+    ClassifierOutput,
+    classifier_forward,
+    classifier_grad,
+    classifier_step,
+)
+from bpfree_kernels.ops.dense import DenseOutput, dense_forward, dense_grad, dense_step
 from bpfree_kernels.ops.drtp import drtp_linear_grad, drtp_linear_step, drtp_signal
+from bpfree_kernels.ops.pepita import pepita_difference, pepita_linear_grad, pepita_linear_step
 from bpfree_kernels.ops.update import apply_update
 from bpfree_kernels.update import SGD, Adam, AdamW, LayerState, ParamState
 
@@ -21,16 +28,24 @@ __all__ = [
     "AdamW",
     "BackendFallbackWarning",
     "ClassifierOutput",
+    "DenseOutput",
     "LayerState",
     "ParamState",
     "__version__",
     "apply_update",
     "backends",
+    "classifier_forward",
     "classifier_grad",
     "classifier_step",
+    "dense_forward",
+    "dense_grad",
+    "dense_step",
     "drtp_linear_grad",
     "drtp_linear_step",
     "drtp_signal",
     "explain",
+    "pepita_difference",
+    "pepita_linear_grad",
+    "pepita_linear_step",
     "set_label_checks",
 ]

@@ -63,6 +63,11 @@ def _drtp_signal(make: _Maker) -> tuple[Any, ...]:
     return (z, feedback, make.labels(), "tanh", 0.0)
 
 
+def _classifier_forward(make: _Maker) -> tuple[Any, ...]:
+    x, weight, bias = make.normal(BATCH, IN), make.normal(CLASSES, IN), make.normal(CLASSES)
+    return (x, weight, bias, make.labels(), "ce")
+
+
 def _classifier_step(make: _Maker) -> tuple[Any, ...]:
     x, weight, bias = make.normal(BATCH, IN), make.normal(CLASSES, IN), make.normal(CLASSES)
     return (x, weight, bias, make.labels(), "ce", *make.adam(weight, bias))
@@ -72,6 +77,43 @@ def _classifier_grad(make: _Maker) -> tuple[Any, ...]:
     x, weight, bias = make.normal(BATCH, IN), make.normal(CLASSES, IN), make.normal(CLASSES)
     grads = (torch.zeros_like(weight), torch.zeros_like(bias))
     return (x, weight, bias, make.labels(), "ce", *grads, False)
+
+
+def _dense_forward(make: _Maker) -> tuple[Any, ...]:
+    return (*_dense(make), "tanh", 0.0)
+
+
+def _dense_step(make: _Maker) -> tuple[Any, ...]:
+    pre, weight, bias = _dense(make)
+    return (make.normal(BATCH, OUT), pre, weight, bias, 0.5, *make.adam(weight, bias))
+
+
+def _dense_grad(make: _Maker) -> tuple[Any, ...]:
+    pre, weight, bias = _dense(make)
+    grads = (torch.zeros_like(weight), torch.zeros_like(bias))
+    return (make.normal(BATCH, OUT), pre, 0.5, *grads, False)
+
+
+def _pepita(make: _Maker) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+    pre, weight, bias = _dense(make)
+    read = (make.normal(BATCH, OUT), pre, make.normal(BATCH, CLASSES), make.normal(CLASSES, IN))
+    mask = (make.normal(BATCH, OUT) > 0).to(pre.dtype)
+    return (*read, mask, weight), weight, bias
+
+
+def _pepita_linear_step(make: _Maker) -> tuple[Any, ...]:
+    read, weight, bias = _pepita(make)
+    return (*read, bias, "relu", 0.0, *make.adam(weight, bias))
+
+
+def _pepita_linear_grad(make: _Maker) -> tuple[Any, ...]:
+    read, weight, bias = _pepita(make)
+    return (*read, "relu", 0.0, torch.zeros_like(weight), torch.zeros_like(bias), False)
+
+
+def _pepita_difference(make: _Maker) -> tuple[Any, ...]:
+    z, basis = make.normal(BATCH, 2, 3, 4), make.normal(CLASSES, 2, 3, 4)
+    return (z, make.normal(BATCH, CLASSES), basis, "relu", 0.0)
 
 
 def _apply_update(make: _Maker) -> tuple[Any, ...]:
@@ -85,8 +127,15 @@ EXAMPLES: dict[str, Callable[[_Maker], tuple[Any, ...]]] = {
     "drtp_linear_step": _drtp_linear_step,
     "drtp_linear_grad": _drtp_linear_grad,
     "drtp_signal": _drtp_signal,
+    "classifier_forward": _classifier_forward,
     "classifier_step": _classifier_step,
     "classifier_grad": _classifier_grad,
+    "dense_forward": _dense_forward,
+    "dense_step": _dense_step,
+    "dense_grad": _dense_grad,
+    "pepita_linear_step": _pepita_linear_step,
+    "pepita_linear_grad": _pepita_linear_grad,
+    "pepita_difference": _pepita_difference,
     "apply_update": _apply_update,
 }
 """Op name → maker of its arguments, in schema order."""

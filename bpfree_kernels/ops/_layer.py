@@ -13,22 +13,25 @@ from bpfree_kernels.ops._define import contiguous, wrote
 from bpfree_kernels.update import SGD, Adam, LayerState, ParamState, UpdateRule
 
 
-def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Check x [batch, in], weight [out, in] and bias [out] of a dense layer that learns.
+def check_dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, learns: bool = True, name: str = "x"
+) -> None:
+    """Check the input [batch, in], called `name`, weight [out, in] and bias [out] of a dense layer.
 
     Raises:
         TypeError: an unsupported dtype, or dtypes that differ.
-        ValueError: wrong shapes, devices that differ, or an empty batch.
+        ValueError: wrong shapes, devices that differ, or an empty batch for a layer that `learns`.
     """
-    checks.floating("x", x)
-    checks.dims("x", x, 2, "[batch, in]")
-    checks.not_empty("x", x)
+    checks.floating(name, x)
+    checks.dims(name, x, 2, "[batch, in]")
+    if learns:
+        checks.not_empty(name, x)
     checks.dims("weight", weight, 2, "[out, in]")
     checks.shape("weight", weight, (weight.shape[0], x.shape[1]), "[out, in]")
-    checks.same_kind("weight", weight, "x", x)
+    checks.same_kind("weight", weight, name, x)
     if bias is not None:
         checks.shape("bias", bias, (weight.shape[0],), "[out]")
-        checks.same_kind("bias", bias, "x", x)
+        checks.same_kind("bias", bias, name, x)
 
 
 def check_update(update: UpdateRule, device: torch.device) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bpfree_kernels import backends, checks
-from bpfree_kernels.ops._define import LAYER_UPDATE_SCHEMA, define
+from bpfree_kernels.ops._define import LAYER_UPDATE_SCHEMA, contiguous, define
 from bpfree_kernels.ops._layer import LayerGradients, LayerUpdate, check_dense
 from bpfree_kernels.reference import classifier as reference
 from bpfree_kernels.reference.classifier import LOSSES
@@ -47,6 +47,13 @@ def _fake(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor
 
 
 define(
+    "classifier_forward",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor labels, str loss) -> (Tensor, Tensor, Tensor)",
+    reference=reference.classifier_forward,
+    fake=_fake,
+    triton_module="bpfree_kernels.triton.classifier",
+)
+define(
     "classifier_step",
     "(Tensor x, Tensor(w!) weight, Tensor(b!)? bias, Tensor labels, str loss, "
     f"{LAYER_UPDATE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
@@ -62,6 +69,32 @@ define(
     fake=_fake,
     triton_module="bpfree_kernels.triton.classifier",
 )
+
+
+@torch.no_grad()
+def classifier_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    loss: str = "ce",
+    backend: str | None = None,
+) -> ClassifierOutput:
+    """Run an output layer and compare it with its labels; nothing learns.
+
+    Args:
+        x, weight, bias, labels, loss, backend: as in `classifier_step`; the batch may be empty.
+
+    Returns:
+        Output, error and loss.
+
+    Raises:
+        IndexError, TypeError, ValueError, RuntimeError: as `classifier_step`.
+    """
+    _check(x, weight, bias, labels, loss, learns=False)
+    body = backends.body("classifier_forward", x.device.type, backend)
+    return ClassifierOutput(*body(*contiguous((x, weight, bias, labels)), loss))
 
 
 @torch.no_grad()
@@ -143,10 +176,18 @@ def classifier_grad(
     return ClassifierOutput(*result), grads.weight, grads.bias
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: str) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    loss: str,
+    *,
+    learns: bool = True,
+) -> None:
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
-    check_dense(x, weight, bias)
+    check_dense(x, weight, bias, learns=learns)
     if weight.shape[0] == 0:
         raise ValueError(f"weight must hold at least one class, got {tuple(weight.shape)}.")
     checks.labels(labels, x.shape[0], weight.shape[0], x.device)

@@ -31,3 +31,49 @@ def activate(z: Tensor, activation: str, slope: float) -> tuple[Tensor, Tensor]:
     if activation == "sign":
         return torch.sign(z).where(~z.isnan(), z), torch.zeros_like(z)  # torch.sign drops NaN
     raise ValueError(f"unknown activation {activation!r}")
+
+
+def difference(z: Tensor, change: Tensor, activation: str, slope: float) -> Tensor:
+    """f(z + Δz) − f(z) without the digits that subtracting two close values would lose.
+
+    In float32 or better, rounded once to the dtype of z.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    return _difference(z.to(wide), change.to(wide), activation, slope).to(z.dtype)
+
+
+def _difference(z: Tensor, change: Tensor, activation: str, slope: float) -> Tensor:
+    if activation == "identity":
+        return change.clone()
+    if activation in ("relu", "leaky_relu"):
+        low = slope if activation == "leaky_relu" else 0.0
+        after = z + change
+        stays_on = (z > 0) & (after > 0)
+        crosses = torch.where(after > 0, after, low * after) - torch.where(z > 0, z, low * z)
+        stays_off = (z <= 0) & (after <= 0)
+        return torch.where(stays_on, change, torch.where(stays_off, low * change, crosses))
+    if activation == "tanh":
+        return _tanh_difference(z, change)
+    if activation == "sigmoid":  # sigmoid z = (1 + tanh(z / 2)) / 2
+        return _tanh_difference(z / 2, change / 2) / 2
+    if activation == "hardtanh":
+        scaled, step = slope * z, slope * change
+        clipped = (scaled + step).clamp(-1, 1) - scaled.clamp(-1, 1)
+        # Inside, the step itself, cut off where it reaches a bound.
+        inside = torch.minimum(torch.maximum(step, -1 - scaled), 1 - scaled)
+        return torch.where(scaled.abs() <= 1, inside, clipped)
+    if activation == "sign":
+        return activate(z + change, "sign", 0.0)[0] - activate(z, "sign", 0.0)[0]
+    raise ValueError(f"unknown activation {activation!r}")
+
+
+def _tanh_difference(z: Tensor, change: Tensor) -> Tensor:
+    """tanh(z + d) − tanh z = u (1 − t²) / (1 + t u) with t = tanh z, u = tanh d, for small d."""
+    t, u = torch.tanh(z), torch.tanh(change)
+    # A large step loses nothing by plain subtraction, and could divide 0 by 0 here.
+    small = change.abs() < 0.5
+    exact = u * (1 - t * t) / torch.where(small, 1 + t * u, 1.0)
+    return torch.where(small, exact, torch.tanh(z + change) - t)

@@ -42,10 +42,17 @@ def output_and_loss(z: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tenso
     return output, output - target, per_sample
 
 
+def classifier_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, error and the loss of each sample."""
+    return output_and_loss(F.linear(x, weight, bias), labels, loss)
+
+
 def _forward_and_gradient(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: str
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    outputs = output_and_loss(F.linear(x, weight, bias), labels, loss)
+    outputs = classifier_forward(x, weight, bias, labels, loss)
     post = outputs[1] * gradient_scale(loss, x.shape[0], weight.shape[0])
     return outputs, post.t() @ x, post.sum(0)
 
