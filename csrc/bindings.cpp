@@ -1,13 +1,22 @@
 // Registers the CPU bodies with torch. The schemas live in Python (bpfree_kernels/ops), so that the ops
 // exist with no binary; this file is the only one that knows an op's name.
 #include "cpu/classifier.h"
+#include "cpu/dense.h"
 #include "cpu/drtp.h"
+#include "cpu/pepita.h"
 #include "cpu/update.h"
 
 STABLE_TORCH_LIBRARY_IMPL(bpfree, CPU, library) {
   library.impl("drtp_linear_step", TORCH_BOX(&bpfree::cpu::drtp_linear_step));
   library.impl("drtp_linear_grad", TORCH_BOX(&bpfree::cpu::drtp_linear_grad));
   library.impl("drtp_signal", TORCH_BOX(&bpfree::cpu::drtp_signal));
+  library.impl("dense_forward", TORCH_BOX(&bpfree::cpu::dense_forward));
+  library.impl("dense_step", TORCH_BOX(&bpfree::cpu::dense_step));
+  library.impl("dense_grad", TORCH_BOX(&bpfree::cpu::dense_grad));
+  library.impl("pepita_linear_step", TORCH_BOX(&bpfree::cpu::pepita_linear_step));
+  library.impl("pepita_linear_grad", TORCH_BOX(&bpfree::cpu::pepita_linear_grad));
+  library.impl("pepita_difference", TORCH_BOX(&bpfree::cpu::pepita_difference));
+  library.impl("classifier_forward", TORCH_BOX(&bpfree::cpu::classifier_forward));
   library.impl("classifier_step", TORCH_BOX(&bpfree::cpu::classifier_step));
   library.impl("classifier_grad", TORCH_BOX(&bpfree::cpu::classifier_grad));
   library.impl("apply_update", TORCH_BOX(&bpfree::cpu::apply_update));

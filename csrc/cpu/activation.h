@@ -38,6 +38,39 @@ inline Activated<T> activate(Vec<T> z, T slope) {
   }
 }
 
+// tanh(z + d) - tanh z = u (1 - t^2) / (1 + t u), t = tanh z, u = tanh d: for small d without cancellation.
+template <class T>
+inline Vec<T> tanh_difference(Vec<T> z, Vec<T> d) {
+  const Vec<T> one = splat<T>(T(1)), t = vtanh<T>(z), u = vtanh<T>(d);
+  // A large step loses nothing by plain subtraction, and could divide 0 by 0 here.
+  return vabs<T>(d) < T(0.5) ? u * (one - t * t) / (one + t * u) : vtanh<T>(z + d) - t;
+}
+
+// f(z + d) - f(z) without the digits that subtracting two close values would lose.
+template <Activation kind, class T>
+inline Vec<T> difference(Vec<T> z, Vec<T> d, T slope) {
+  const Vec<T> zero = {}, one = splat<T>(T(1)), after = z + d;
+  if constexpr (kind == Activation::identity) {
+    return d;
+  } else if constexpr (kind == Activation::relu || kind == Activation::leaky_relu) {
+    const T low = kind == Activation::relu ? T(0) : slope;
+    const Vec<T> crosses = (after > zero ? after : low * after) - (z > zero ? z : low * z);
+    const Vec<T> from_on = after > zero ? d : crosses, from_off = after <= zero ? low * d : crosses;
+    return z > zero ? from_on : z <= zero ? from_off : crosses;  // the last is for NaN
+  } else if constexpr (kind == Activation::tanh) {
+    return tanh_difference<T>(z, d);
+  } else if constexpr (kind == Activation::sigmoid) {  // sigmoid z = (1 + tanh(z / 2)) / 2
+    return T(0.5) * tanh_difference<T>(T(0.5) * z, T(0.5) * d);
+  } else if constexpr (kind == Activation::hardtanh) {
+    const Vec<T> s = slope * z, step = slope * d, up = one - s, down = -one - s;
+    const Vec<T> inside = step > up ? up : step < down ? down : step;
+    const Vec<T> plain = activate<kind, T>(after, slope).value - activate<kind, T>(z, slope).value;
+    return vabs<T>(s) <= one ? inside : plain;
+  } else {
+    return activate<kind, T>(after, slope).value - activate<kind, T>(z, slope).value;
+  }
+}
+
 // Calls f with the activation as a compile-time constant, so that loops inside f carry no branch.
 template <class F>
 inline void with_activation(Activation kind, F&& f) {

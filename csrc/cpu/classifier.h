@@ -4,6 +4,9 @@
 
 namespace bpfree::cpu {
 
+std::tuple<Tensor, Tensor, Tensor> classifier_forward(Tensor x, Tensor weight, MaybeTensor bias,
+                                                      Tensor labels, std::string loss);
+
 std::tuple<Tensor, Tensor, Tensor> classifier_step(
     Tensor x, Tensor weight, MaybeTensor bias, Tensor labels, std::string loss,
     std::string optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,

@@ -13,7 +13,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
               const Tensor& feedback, const Tensor& labels, const std::string& activation,
               double slope, Targets&& targets) {
   const std::vector<int32_t> classes = read_labels(labels, feedback.size(0));
-  const Tensor output = empty_like(x, {x.size(0), weight.size(0)});
+  const Tensor output = new_output(x, {x.size(0), weight.size(0)});
   with_dtype(x, [&]<class T>() {
     const Kernels<T>& k = kernels<T>();
     const Scratch<T> panels(panel_elements<T>(x));
@@ -56,7 +56,7 @@ Tensor drtp_linear_grad(Tensor x, Tensor weight, MaybeTensor bias, Tensor feedba
 std::tuple<Tensor, Tensor> drtp_signal(Tensor z, Tensor feedback, Tensor labels,
                                        std::string activation, double slope) {
   const std::vector<int32_t> classes = read_labels(labels, feedback.size(0));
-  const Tensor y = torch::stable::empty_like(z), signal = torch::stable::empty_like(z);
+  const Tensor y = new_output(z), signal = new_output(z);
   with_dtype(z, [&]<class T>() {
     const int64_t batch = z.size(0), size = batch ? z.numel() / batch : 0;
     constexpr int64_t kElementsPerTask = 16384;

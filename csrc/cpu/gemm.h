@@ -95,9 +95,10 @@ inline void forward_tile(const T* weight, int64_t in, const T* panel, int64_t de
   }
 }
 
-// z[r][sample] of `rows` rows of W for the whole batch, z rows `padded(batch)` apart.
+// z[r][sample] of `rows` rows of W, which lie `weight_stride` apart, for the whole batch; z rows
+// `padded(batch)` apart.
 template <class T>
-void forward_block(const T* weight, int64_t rows, const Input<T>& x, T* z) {
+void forward_block(const T* weight, int64_t weight_stride, int64_t rows, const Input<T>& x, T* z) {
   const int64_t stride = padded<T>(x.batch);
   // A small batch has a narrow panel, so that more features of it fit and W is read in longer runs.
   const int64_t panel_depth = kPanelBytes / sizeof(T) / panel_width<T>(0, x.batch);
@@ -110,8 +111,8 @@ void forward_block(const T* weight, int64_t rows, const Input<T>& x, T* z) {
       for (int64_t r = 0; r < rows; r += kForwardRows) {
         with_count<kForwardRows>(rows - r, [&]<int tile_rows>() {
           with_count<kForwardVectors>(width / kLanes<T>, [&]<int vectors>() {
-            forward_tile<T, tile_rows, vectors>(weight + r * x.in + k, x.in, panel + k * width,
-                                                depth, z + r * stride + sample, stride, k == 0);
+            forward_tile<T, tile_rows, vectors>(weight + r * weight_stride + k, weight_stride,
+                                                panel + k * width, depth, z + r * stride + sample, stride, k == 0);
           });
         });
       }

@@ -69,6 +69,35 @@ struct DrtpLinear {
   Target<T> to_bias;   // value is null without a bias
 };
 
+// The second pass through a dense layer. `change` is the change of its input, by which the change of z is
+// W change; with `error`, z changes by (W feedback) error instead, and `change` is the feedback's rows.
+template <class T>
+struct PepitaLinear {
+  Input<T> change;  // packed; batch is the number of samples, or of classes
+  Input<T> error;   // packed [batch, classes], or without panels
+  Input<T> pre;     // rows only
+  const T* weight;  // [out, in]
+  const T* z;       // [batch, out]
+  const T* mask;    // [batch, out] or null
+  int64_t out;
+  Activation activation;
+  T slope;
+  T scale;          // of the gradient, the sign included
+  T* difference;    // [batch, out]
+  Target<T> to_weight;
+  Target<T> to_bias;  // value is null without a bias
+};
+
+// Maps that are mixed from basis images by each sample's coefficients.
+template <class T>
+struct Mixture {
+  const T* coefficients;  // [classes, batch]
+  const T* basis;         // [classes, size]
+  int64_t classes;
+  int64_t batch;
+  int64_t size;
+};
+
 template <class T>
 struct Kernels {
   // Samples in a full panel of packed input; panels hold `in` rows of that many samples.
@@ -92,7 +121,7 @@ struct Kernels {
                           int64_t end, T* scratch);
   // For either, with the size of the packed operand.
   int64_t (*forward_scratch)(int64_t packed);
-  // Output, error, signal and loss of samples [begin, end); output holds the logits before.
+  // Output, error, signal (if wanted) and loss of samples [begin, end); output holds the logits before.
   void (*classify)(Loss, const int32_t* labels, int64_t classes, T scale, T* output, T* error,
                    T* signal, T* loss, int64_t begin, int64_t end);
   // Gradient of the weight, signal^T x, for column blocks [begin, end), sent to its target.
@@ -104,6 +133,19 @@ struct Kernels {
   // y = f(z) and signal = feedback[label] f'(z), for samples [begin, end) of `size` values each.
   void (*signal)(Activation, T slope, const T* z, const T* feedback, const int32_t* labels,
                  int64_t size, T* y, T* signal, int64_t begin, int64_t end);
+  // y = f(z) for elements [begin, end).
+  void (*activate)(Activation, T slope, const T* z, T* y, int64_t begin, int64_t end);
+  // The second pass of a PEPITA layer and its update, for row blocks [begin, end).
+  void (*pepita_rows)(const PepitaLinear<T>&, int64_t begin, int64_t end, T* scratch);
+  int64_t (*pepita_scratch)(int64_t batch, int64_t classes);
+  // y = f(z + change) - f(z) for elements [begin, end).
+  void (*difference)(Activation, T slope, const T* z, const T* change, T* y, int64_t begin,
+                     int64_t end);
+  // The same with a mixture as the change, for column blocks [begin, end) of all samples; without z the
+  // mixture itself.
+  void (*mixed_difference)(Activation, T slope, const T* z, const Mixture<T>&, T* y, int64_t begin,
+                           int64_t end, T* scratch);
+  int64_t (*mixed_scratch)(int64_t classes);
   // Sends gradient elements [begin, end) to their target.
   void (*apply)(const T* gradient, const Target<T>&, int64_t begin, int64_t end);
 };

@@ -57,8 +57,7 @@ auto with_dtype(const Tensor& tensor, F&& f) {
 }
 
 // An uninitialised tensor of the dtype of `like`, in memory that is used again (memory.h) if it is large.
-inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> shape) {
-  const std::vector<int64_t> sizes(shape);
+inline Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
   int64_t bytes = like.element_size();
   for (const int64_t size : sizes) bytes *= size;
   if (bytes < kPooledBytes) return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
@@ -67,6 +66,10 @@ inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> shap
   return torch::stable::from_blob(take_memory(bytes), {sizes.data(), sizes.size()},
                                   {strides.data(), strides.size()}, like.device(),
                                   like.scalar_type(), return_memory);
+}
+
+inline Tensor new_output(const Tensor& like) {
+  return new_output(like, std::vector<int64_t>(like.sizes().begin(), like.sizes().end()));
 }
 
 // Labels as int32, -1 for those outside [0, classes): kernels never form an address from another.

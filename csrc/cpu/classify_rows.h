@@ -1,0 +1,71 @@
+// The rows of an output layer: from logits to output, error, signal and loss.
+#pragma once
+
+#include "activation.h"
+
+namespace bpfree::cpu::BPFREE_ISA {
+
+// The rows of an output layer: logits in y become outputs, and *loss the sample's loss. A label below 0 is
+// no class: a target of zeros.
+template <class T>
+void softmax_row(T* y, int64_t classes, int32_t label, T* loss) {
+  T peak = y[0];
+  for (int64_t c = 1; c < classes; ++c) peak = y[c] > peak ? y[c] : peak;
+  const T shifted = label < 0 ? T(0) : y[label] - peak;
+  Vec<T> total = {};
+  for_vectors<T>(classes, [&](int64_t c, int64_t lanes) {
+    const Vec<T> e = vexp<T>(load_lanes(y + c, lanes) - peak);
+    store_lanes<T>(y + c, e, lanes);
+    total += lanes < kLanes<T> ? first_lanes<T>(e, lanes) : e;
+  });
+  const T mass = sum<T>(total);
+  for (int64_t c = 0; c < classes; ++c) y[c] /= mass;
+  *loss = label < 0 ? T(0) : natural_log(mass) - shifted;
+}
+
+// Binary cross-entropy with logits, stable on both sides: max(z, 0) + log(1 + e^-|z|), where z changes its
+// sign for the label.
+template <class T>
+void sigmoid_row(T* y, int64_t classes, int32_t label, T* loss) {
+  if (label >= 0) y[label] = -y[label];
+  Vec<T> total = {};
+  for_vectors<T>(classes, [&](int64_t c, int64_t lanes) {
+    const Vec<T> z = load_lanes(y + c, lanes);
+    const Vec<T> terms = vmax<T>(z, Vec<T>{}) + vlog1p<T>(vexp<T>(-vabs<T>(z)));
+    total += lanes < kLanes<T> ? first_lanes<T>(terms, lanes) : terms;
+  });
+  if (label >= 0) y[label] = -y[label];
+  for_vectors<T>(classes, [&](int64_t c, int64_t lanes) {
+    store_lanes<T>(y + c, vsigmoid<T>(load_lanes(y + c, lanes)), lanes);
+  });
+  *loss = sum<T>(total) / T(classes);
+}
+
+template <class T>
+void linear_row(T* y, int64_t classes, int32_t label, T* loss) {
+  T total = T(0);
+  for (int64_t c = 0; c < classes; ++c) {
+    const T difference = y[c] - (c == label ? T(1) : T(0));
+    total += difference * difference;
+  }
+  *loss = total / T(classes);
+}
+
+template <class T>
+void classify(Loss kind, const int32_t* labels, int64_t classes, T scale, T* output, T* error,
+              T* signal, T* loss, int64_t begin, int64_t end) {
+  const auto row = kind == Loss::ce    ? softmax_row<T>
+                   : kind == Loss::bce ? sigmoid_row<T>
+                                       : linear_row<T>;
+  for (int64_t n = begin; n < end; ++n) {
+    T* y = output + n * classes;
+    row(y, classes, labels[n], loss + n);
+    for (int64_t c = 0; c < classes; ++c) {
+      const T e = y[c] - (c == labels[n] ? T(1) : T(0));
+      error[n * classes + c] = e;
+      if (signal) signal[n * classes + c] = scale * e;
+    }
+  }
+}
+
+}  // namespace bpfree::cpu::BPFREE_ISA
