@@ -12,12 +12,14 @@ from torch import Tensor, nn
 OptimizerMaker = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
-def mlp(widths: list[int], device: str) -> nn.Sequential:
-    """A tanh network of Linear layers."""
+def mlp(
+    widths: list[int], device: str, activation: type[nn.Module] = nn.Tanh, *, bias: bool = True
+) -> nn.Sequential:
+    """A network of Linear layers, the same weights every time."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for n_in, n_out in itertools.pairwise(widths):
-        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
+        layers += [nn.Linear(n_in, n_out, bias=bias), activation()]
     return nn.Sequential(*layers[:-1]).to(device)
 
 
@@ -61,14 +63,21 @@ def drtp_step(
 
 
 def backprop_step(
-    model: nn.Sequential, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor
+    model: nn.Sequential,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    labels: Tensor,
+    loss: str = "bce",
 ) -> Callable[[], None]:
-    """A backprop step with sigmoid + BCE: autograd and torch's optimizer."""
+    """A backprop step with sigmoid + BCE or softmax + CE: autograd and torch's optimizer."""
     target = F.one_hot(labels, linears(model)[-1].out_features).to(x.dtype)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        F.binary_cross_entropy_with_logits(model(x), target).backward()
+        if loss == "bce":
+            F.binary_cross_entropy_with_logits(model(x), target).backward()
+        else:
+            F.cross_entropy(model(x), labels).backward()
         optimizer.step()
 
     return step

@@ -99,6 +99,7 @@ inline void forward_tile(const T* weight, int64_t in, const T* panel, int64_t de
 // `padded(batch)` apart.
 template <class T>
 void forward_block(const T* weight, int64_t weight_stride, int64_t rows, const Input<T>& x, T* z) {
+  if (x.batch == 0) return;
   const int64_t stride = padded<T>(x.batch);
   // A small batch has a narrow panel, so that more features of it fit and W is read in longer runs.
   const int64_t panel_depth = kPanelBytes / sizeof(T) / panel_width<T>(0, x.batch);
