@@ -32,7 +32,9 @@ bench: $(VENV)/.built
 
 # The papers' accuracy figures; BPFREE_DATA or the download cache has the data sets.
 paper: $(VENV)/.built
-	$(BIN)/python benchmarks/paper.py drtp-mnist
+	for table in drtp-mnist pepita-mnist pepita-cifar pepita-mnist-conv; do \
+	  $(BIN)/python benchmarks/paper.py $$table || exit 1; \
+	done
 
 $(VENV)/.torch: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

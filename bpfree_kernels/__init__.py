@@ -14,6 +14,7 @@ from bpfree_kernels.ops.classifier import (
     classifier_forward,
     classifier_grad,
     classifier_step,
+    gradient_scale,
 )
 from bpfree_kernels.ops.dense import DenseOutput, dense_forward, dense_grad, dense_step
 from bpfree_kernels.ops.drtp import drtp_linear_grad, drtp_linear_step, drtp_signal
@@ -44,6 +45,7 @@ __all__ = [
     "drtp_linear_step",
     "drtp_signal",
     "explain",
+    "gradient_scale",
     "pepita_difference",
     "pepita_linear_grad",
     "pepita_linear_step",

@@ -176,6 +176,30 @@ def classifier_grad(
     return ClassifierOutput(*result), grads.weight, grads.bias
 
 
+def gradient_scale(loss: str, batch: int, classes: int) -> float:
+    """Factor between the error y − t and the gradient of the batch's loss at z (the table above).
+
+    With it, `dense_step` trains an output layer from an error that came from elsewhere.
+
+    Args:
+        loss: ``"ce"``, ``"bce"`` or ``"mse"``.
+        batch: number of samples N.
+        classes: number of classes C.
+
+    Raises:
+        ValueError: an unknown loss, or a batch or a number of classes below 1.
+    """
+    _check_loss(loss)
+    if batch < 1 or classes < 1:
+        raise ValueError(f"batch and classes must be at least 1, got {batch} and {classes}.")
+    return reference.gradient_scale(loss, batch, classes)
+
+
+def _check_loss(loss: str) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
+
+
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -185,8 +209,7 @@ def _check(
     *,
     learns: bool = True,
 ) -> None:
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
+    _check_loss(loss)
     check_dense(x, weight, bias, learns=learns)
     if weight.shape[0] == 0:
         raise ValueError(f"weight must hold at least one class, got {tuple(weight.shape)}.")

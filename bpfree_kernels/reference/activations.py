@@ -60,11 +60,10 @@ def _difference(z: Tensor, change: Tensor, activation: str, slope: float) -> Ten
     if activation == "sigmoid":  # sigmoid z = (1 + tanh(z / 2)) / 2
         return _tanh_difference(z / 2, change / 2) / 2
     if activation == "hardtanh":
-        scaled, step = slope * z, slope * change
-        clipped = (scaled + step).clamp(-1, 1) - scaled.clamp(-1, 1)
-        # Inside, the step itself, cut off where it reaches a bound.
-        inside = torch.minimum(torch.maximum(step, -1 - scaled), 1 - scaled)
-        return torch.where(scaled.abs() <= 1, inside, clipped)
+        # f(z) lies off slope·z by what was clipped; the sum of that and the step, between the bounds.
+        scaled = slope * z
+        y = scaled.clamp(-1, 1)
+        return torch.minimum(torch.maximum((scaled - y) + slope * change, -1 - y), 1 - y)
     if activation == "sign":
         return activate(z + change, "sign", 0.0)[0] - activate(z, "sign", 0.0)[0]
     raise ValueError(f"unknown activation {activation!r}")

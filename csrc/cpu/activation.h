@@ -62,10 +62,12 @@ inline Vec<T> difference(Vec<T> z, Vec<T> d, T slope) {
   } else if constexpr (kind == Activation::sigmoid) {  // sigmoid z = (1 + tanh(z / 2)) / 2
     return T(0.5) * tanh_difference<T>(T(0.5) * z, T(0.5) * d);
   } else if constexpr (kind == Activation::hardtanh) {
-    const Vec<T> s = slope * z, step = slope * d, up = one - s, down = -one - s;
-    const Vec<T> inside = step > up ? up : step < down ? down : step;
-    const Vec<T> plain = activate<kind, T>(after, slope).value - activate<kind, T>(z, slope).value;
-    return vabs<T>(s) <= one ? inside : plain;
+    // Outside the bounds f(z) lies off slope z, and the step first has to make up for that; then it is cut
+    // off where it reaches a bound. (Inside, off is 0: a fused multiply-add would give a rounding error.)
+    const Vec<T> s = slope * z, y = activate<kind, T>(z, slope).value;
+    const Vec<T> off = vabs<T>(s) <= one ? zero : s - y;
+    const Vec<T> step = off + slope * d, up = one - y, down = -one - y;
+    return step > up ? up : step < down ? down : step;
   } else {
     return activate<kind, T>(after, slope).value - activate<kind, T>(z, slope).value;
   }

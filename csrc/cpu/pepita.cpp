@@ -10,10 +10,10 @@ namespace {
 // Sum over the classes of coefficients [batch, classes] times basis [classes, size], and f(z + that) - f(z)
 // of it; without z the sum itself.
 template <class T>
-void mix(const Tensor& coefficients, const Tensor& basis, Activation kind, T slope, const T* z, T* y) {
+void mix(const Tensor& coefficients, const Tensor& basis, int64_t size, Activation kind, T slope,
+         const T* z, T* y) {
   const Kernels<T>& k = kernels<T>();
   const int64_t batch = coefficients.size(0), classes = coefficients.size(1);
-  const int64_t size = classes ? basis.numel() / classes : 0;
   const Scratch<T> transposed(batch * classes);
   const T* from = data<T>(coefficients);
   for (int64_t n = 0; n < batch; ++n) {
@@ -45,7 +45,8 @@ Tensor linear(const Tensor& z, const Tensor& pre, const Tensor& change, const Ma
     Tensor of_input = feedback ? *feedback : change;
     if (feedback && !low_rank) {
       of_input = new_output(pre, {batch, pre.size(1)});
-      mix<T>(change, *feedback, Activation::identity, T(0), nullptr, data<T>(of_input));
+      mix<T>(change, *feedback, pre.size(1), Activation::identity, T(0), nullptr,
+             data<T>(of_input));
     }
     const Scratch<T> panels(panel_elements<T>(of_input));
     const Scratch<T> error_panels(low_rank ? panel_elements<T>(change) : 0);
@@ -99,7 +100,8 @@ Tensor pepita_difference(Tensor z, Tensor change, MaybeTensor basis, std::string
   const Activation kind = parse_activation(activation);
   with_dtype(z, [&]<class T>() {
     if (basis) {
-      mix<T>(change, *basis, kind, static_cast<T>(slope), data<T>(z), data<T>(result));
+      const int64_t size = z.size(0) ? z.numel() / z.size(0) : 0;
+      mix<T>(change, *basis, size, kind, static_cast<T>(slope), data<T>(z), data<T>(result));
       return;
     }
     constexpr int64_t kElementsPerTask = 16384;

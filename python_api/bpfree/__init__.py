@@ -9,22 +9,26 @@
 The kernels are in `bpfree_kernels`; this package makes learners of them.
 """
 
-from bpfree import checkpoint
+from bpfree import checkpoint, diagnostics
 from bpfree.losses import LOSSES
+from bpfree.mirroring import WeightMirroring
 from bpfree.results import BatchInfo, EpochResult, EvalResult, StepResult
-from bpfree.rules import BP, DRTP, Learner, Shallow
+from bpfree.rules import BP, DRTP, PEPITA, Learner, Shallow
 from bpfree_kernels import __version__
 
 __all__ = [
     "BP",
     "DRTP",
     "LOSSES",
+    "PEPITA",
     "BatchInfo",
     "EpochResult",
     "EvalResult",
     "Learner",
     "Shallow",
     "StepResult",
+    "WeightMirroring",
     "__version__",
     "checkpoint",
+    "diagnostics",
 ]

@@ -10,6 +10,7 @@ from typing import Annotated
 try:
     import typer
 
+    from bpfree import cli_options as options
     from bpfree.progress import make_reporter
 except ModuleNotFoundError as error:  # nothing but the command imports this module
     raise SystemExit(
@@ -19,12 +20,11 @@ except ModuleNotFoundError as error:  # nothing but the command imports this mod
 
 from bpfree import __version__
 from bpfree._extras import MissingExtraError
-from bpfree.data import DATASETS, DataError
+from bpfree.data import DataError
 from bpfree.device import DeviceError
 from bpfree.metrics import summarize
-from bpfree.models import ACTIVATIONS, MODEL_NAMES
-from bpfree.registry import OPTIMIZERS, RULES
-from bpfree.train_run import RunError, TrainConfig, TrainRun
+from bpfree.registry import RULES
+from bpfree.train_run import RunError, TrainConfig, TrainRun, parse_epochs
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, the shell's own convention."""
@@ -64,47 +64,30 @@ def _main(
 
 @app.command()
 def train(
-    rule: Annotated[str, typer.Option(help=f"Learning rule: {', '.join(RULES)}.")] = "drtp",
-    model: Annotated[str, typer.Option(help=f"Network: {MODEL_NAMES}.")] = "fc1-1000",
-    data: Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")] = "digits",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with the data set; before $BPFREE_DATA and cache.")
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 60,
-    lr: Annotated[
-        float | None, typer.Option(min=0, help="Learning rate.", show_default="the rule's")
-    ] = None,
-    optimizer: Annotated[str, typer.Option(help=f"{', '.join(OPTIMIZERS)}.")] = "adam",
-    momentum: Annotated[float | None, typer.Option(help="Momentum of sgd.", min=0)] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(min=0, help="Weight decay.", show_default="torch's")
-    ] = None,
-    loss: Annotated[
-        str | None, typer.Option(help="Output layer: bce, ce or mse.", show_default="the rule's")
-    ] = None,
-    activation: Annotated[
-        str, typer.Option(help=f"Hidden activation: {', '.join(ACTIVATIONS)}.")
-    ] = "tanh",
-    dropout: Annotated[
-        float, typer.Option(help="Share of the inputs of every fully connected layer to drop.")
-    ] = 0.0,
-    standardize: Annotated[
-        bool | None,
-        typer.Option(help="Channels to mean 0, deviation 1.", show_default="for cifar-10 only"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, feedback and order.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads on the CPU.", show_default="torch's")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the results.", show_default="runs/RULE-MODEL-DATA-seedSEED"),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    rule: options.Rule = "drtp",
+    model: options.Model = "fc1-1000",
+    data: options.Data = "digits",
+    data_dir: options.DataDir = None,
+    epochs: options.Epochs = 10,
+    batch_size: options.BatchSize = 60,
+    lr: options.Lr = None,
+    lr_drops: options.LrDrops = None,
+    optimizer: options.Optimizer = "adam",
+    momentum: options.Momentum = None,
+    weight_decay: options.WeightDecay = None,
+    loss: options.Loss = None,
+    activation: options.Activation = "tanh",
+    dropout: options.Dropout = 0.0,
+    input_dropout: options.InputDropout = True,
+    bias: options.Bias = True,
+    init: options.Init = "torch",
+    standardize: options.Standardize = None,
+    diagnostics: options.Diagnostics = False,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
 ) -> None:
     """Train a network and write checkpoint, metrics and learning curve into a folder."""
     folder = out or Path("runs") / f"{rule}-{model}-{data}-seed{seed}"
@@ -116,13 +99,18 @@ def train(
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,
+            lr_drops=parse_epochs("lr-drops", lr_drops),
             optimizer=optimizer,
             momentum=momentum,
             weight_decay=weight_decay,
             loss=loss,
             activation=activation,
             dropout=dropout,
+            input_dropout=input_dropout,
+            bias=bias,
+            init=init,
             standardize=standardize,
+            diagnostics=diagnostics,
             seed=seed,
             device=device,
             threads=threads,
@@ -175,9 +163,7 @@ def doctor(
 
 @app.command()
 def demo(
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")
-    ] = None,
+    device: options.Device = None,
 ) -> None:
     """Train a small network by every rule on handwritten digits and print one table."""
     from bpfree.demo import run_demo

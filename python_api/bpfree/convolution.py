@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bpfree.stages import Stage
+
+
+def convolutions(stages: Iterable[Stage]) -> dict[str, Convolution]:
+    """The convolutions among some stages, by the name of their layer."""
+    return {s.name: Convolution(s.layer) for s in stages if isinstance(s.layer, nn.Conv2d)}
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:
@@ -45,6 +53,13 @@ class Convolution:
         layer = self._layer
         return F.conv2d(
             x, layer.weight, layer.bias, layer.stride, self._padding, self._dilation, layer.groups
+        )
+
+    def linear(self, x: Tensor) -> Tensor:
+        """W ∗ x of a padded input (`pad`), without bias: how z changes if the input does by x."""
+        layer = self._layer
+        return F.conv2d(
+            x, layer.weight, None, layer.stride, self._padding, self._dilation, layer.groups
         )
 
     def gradients(

@@ -1,4 +1,4 @@
-"""Fixed random feedback: what carries a label to a hidden layer."""
+"""Fixed random feedback: what carries a label or an error back into a network."""
 
 from __future__ import annotations
 
@@ -29,3 +29,21 @@ def draw(classes: int, units: tuple[int, ...], *, seed: int, position: int) -> T
     bound = math.sqrt(6 / math.prod(units))
     feedback = torch.empty(classes, *units, dtype=torch.float32, device="cpu")
     return feedback.uniform_(-bound, bound, generator=seeds.generator("feedback", seed, position))
+
+
+def draw_input(features: int, classes: int, *, scale: float, seed: int) -> Tensor:
+    """Draw PEPITA's projection of the error onto the input, F ~ U(±scale·√(6/features)).
+
+    Args:
+        features: number of values n that enter the first layer.
+        classes: number of classes C.
+        scale: factor of the bound; F's standard deviation is ``scale * sqrt(2 / features)``.
+        seed: seed of the learner.
+
+    Returns:
+        float32, on the CPU, [features, classes]: the transpose of a contiguous tensor.
+    """
+    bound = scale * math.sqrt(6 / features)
+    feedback = torch.empty(classes, features, dtype=torch.float32, device="cpu")
+    generator = seeds.generator("feedback of the input", seed, 0)
+    return feedback.uniform_(-bound, bound, generator=generator).t()

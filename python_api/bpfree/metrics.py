@@ -55,7 +55,10 @@ def summarize(history: Sequence[EpochResult]) -> Summary:
 
 
 def write_metrics(
-    folder: Path, config: Mapping[str, object], history: Sequence[EpochResult]
+    folder: Path,
+    config: Mapping[str, object],
+    history: Sequence[EpochResult],
+    columns: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Write ``metrics.json`` (everything) and ``metrics.csv`` (one row for each epoch).
 
@@ -63,6 +66,7 @@ def write_metrics(
         folder: an existing folder; files of these names are replaced.
         config: what the run was asked to do, JSON values.
         history: the epochs so far.
+        columns: further numbers for each of these epochs, by name.
     """
     document: dict[str, object] = {"config": dict(config), "versions": versions()}
     if history:
@@ -72,11 +76,15 @@ def write_metrics(
         document[f"mean_test_error_percent_last_{LAST_EPOCHS}"] = _finite(summary.mean_test_error)
         document["epochs_averaged"] = summary.averaged
         document["training_seconds"] = round(summary.seconds, 3)
+    columns = {} if columns is None else columns
     rows = [_row(result) for result in history]
+    for name, values in columns.items():
+        for row, value in zip(rows, values, strict=True):
+            row[name] = _finite(value)
     document["history"] = rows
     _replace(folder / "metrics.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
     with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [_column(name) for name in EpochResult._fields])
+        writer = csv.DictWriter(file, [*map(_column, EpochResult._fields), *columns])
         writer.writeheader()
         writer.writerows(rows)
 

@@ -42,6 +42,19 @@ class Updates(ABC):
     def deliver(self, param: Tensor, grad: Tensor) -> None:
         """Hand over the gradient of a parameter; one that does not learn drops it."""
 
+    def wants_any(self, layer: nn.Linear | nn.Conv2d) -> bool:
+        """Whether the weight or the bias of a layer learns."""
+        return self.wants(layer.weight) or (layer.bias is not None and self.wants(layer.bias))
+
+    def deliver_layer(
+        self, layer: nn.Linear | nn.Conv2d, of_weight: Tensor | None, of_bias: Tensor | None
+    ) -> None:
+        """Hand over the gradients of a layer's weight and bias, those that there are."""
+        if of_weight is not None:
+            self.deliver(layer.weight, of_weight)
+        if layer.bias is not None and of_bias is not None:
+            self.deliver(layer.bias, of_bias)
+
 
 class GradientStore(Updates):
     """Adds every gradient to the parameter's ``.grad``, as ``loss.backward()`` does."""

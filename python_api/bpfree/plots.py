@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bpfree._extras import train_extra
+from bpfree.diagnostics import Histogram, density
 from bpfree.metrics import error_percent
 from bpfree.results import EpochResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def learning_curve(path: Path, history: Sequence[EpochResult], title: str) -> None:
@@ -21,15 +27,9 @@ def learning_curve(path: Path, history: Sequence[EpochResult], title: str) -> No
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    with train_extra("A learning curve"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+    figure, (loss_axes, error_axes) = _figure(2)
     epochs = [result.epoch for result in history]
     marker = "o" if len(epochs) == 1 else ""  # a single point has no line
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot: no global state, no window
-    loss_axes, error_axes = figure.subplots(1, 2)
     loss_axes.plot(epochs, [r.train_loss for r in history], marker=marker, label="training")
     test_losses = [
         float("nan") if r.validation_loss is None else r.validation_loss for r in history
@@ -43,9 +43,63 @@ def learning_curve(path: Path, history: Sequence[EpochResult], title: str) -> No
     error_axes.set_ylabel("error (%)")
     error_axes.set_ylim(bottom=0)
     for axes in (loss_axes, error_axes):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
+        _count_epochs(axes)
         axes.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def diagnostics_plot(
+    path: Path,
+    angles: Sequence[float],
+    before: Mapping[str, Histogram],
+    after: Mapping[str, Histogram],
+    title: str,
+) -> None:
+    """Draw the angle of the feedback over the epochs, and the weights before and after training.
+
+    These are figures 3b and 5 of the PEPITA paper.
+
+    Args:
+        path: the PNG to write.
+        angles: in degrees, before the first epoch and after each; none leaves their picture out.
+        before: initial weights of each hidden layer, by its name.
+        after: the same now.
+        title: what was trained.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure, all_axes = _figure(bool(angles) + len(after) or 1)
+    if angles:
+        axes, *all_axes = all_axes
+        axes.plot(range(len(angles)), angles, marker="o" if len(angles) < 3 else "")
+        axes.axhline(90, color="grey", linewidth=0.8)
+        axes.set_ylabel("angle between W and Fᵀ (degrees)")
+        _count_epochs(axes)
+    for axes, name in zip(all_axes, after, strict=False):
+        for histogram, label in ((before[name], "before"), (after[name], "after")):
+            axes.stairs(density(histogram).tolist(), histogram.edges.tolist(), label=label)
+        axes.set_xlabel(f"weights of layer {name}")
+        axes.set_ylabel("density")
+        axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def _figure(pictures: int) -> tuple[Figure, list[Axes]]:
+    """A figure with some pictures side by side."""
+    with train_extra("A picture of the training"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(4.5 * pictures, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)  # without pyplot: no global state, no window
+    return figure, list(figure.subplots(1, pictures, squeeze=False)[0])
+
+
+def _count_epochs(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from bpfree.plain import PlainDRTP
+from bpfree.plain import PlainDRTP, PlainPEPITA
 from bpfree.rules.base import Learner
 from bpfree.rules.bp import BP
 from bpfree.rules.drtp import DRTP
+from bpfree.rules.pepita import PEPITA
 from bpfree.rules.shallow import Shallow
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -72,9 +73,25 @@ def _plain_drtp(
     return PlainDRTP(model, learner.feedback, optimizer, learner.loss)
 
 
-# Learning rates: the DRTP paper's for its fully connected nets, for all three.
+def _plain_pepita(
+    learner: Learner, model: nn.Sequential, optimizer: torch.optim.Optimizer
+) -> PlainStep:
+    pepita = cast(PEPITA, learner)
+    return PlainPEPITA(
+        model,
+        pepita.feedback,
+        optimizer,
+        pepita.loss,
+        presynaptic=pepita.presynaptic,
+        output_error=pepita.output_error,
+        space=pepita.space,
+    )
+
+
+# Learning rates: the DRTP paper's for its fully connected nets.
 RULES = {
     "drtp": Rule("DRTP", DRTP, "bce", 1.5e-4, 1e-3, _plain_drtp),
+    "pepita": Rule("PEPITA", PEPITA, "ce", 1.5e-4, 3e-4, _plain_pepita),
     "shallow": Rule("Shallow", Shallow, "bce", 1.5e-4, 1e-3),
     "bp": Rule("BP", BP, "ce", 1.5e-4, 1e-3),
 }

@@ -60,6 +60,13 @@ class Stage:
         z = self.layer(x)
         return cast(Tensor, z if self.activation_module is None else self.activation_module(z))
 
+    def activate(self, z: Tensor) -> Tensor:
+        """f(z), which leaves z as it is (even if the module works in place); runs no hooks."""
+        module = self.activation_module
+        if module is None:
+            return z
+        return cast(Tensor, module.forward(z.clone() if getattr(module, "inplace", False) else z))
+
     def leave(self, y: Tensor) -> Tensor:
         """Run the modules between this layer's output and the next layer."""
         return run_modules(self.after, y)
@@ -96,6 +103,18 @@ class Network:
     def enter(self, x: Tensor) -> Tensor:
         """Run the modules ahead of the first layer."""
         return run_modules(self.before, x)
+
+    def entering(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which one sample enters the first layer, without the batch.
+
+        Args:
+            shape: shape of a sample, without the batch.
+
+        Raises:
+            ValueError: a sample that does not fit the modules ahead of the first layer.
+        """
+        x = torch.empty((1, *shape), device="meta")
+        return tuple(_trace_modules(self.before, x, shape).shape[1:])
 
     def trace(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Send the shape of one sample through the model, without computing anything.

@@ -17,7 +17,8 @@ def state_dict(learner: Learner) -> dict[str, Any]:
 
     Returns:
         ``rule`` and ``loss``, their names; ``seed``; ``model`` and ``optimizer``, torch's state
-        dicts (``None`` without an optimizer); ``feedback``, tensors by name.
+        dicts (``None`` without an optimizer); ``feedback``, tensors by name; ``generators``, states
+        of the rule's own random generators by name.
     """
     return {
         "rule": learner.rule,
@@ -25,6 +26,7 @@ def state_dict(learner: Learner) -> dict[str, Any]:
         "seed": learner.seed,
         "model": learner.model.state_dict(),
         "feedback": dict(learner.feedback),
+        "generators": {name: g.get_state() for name, g in learner.generators.items()},
         "optimizer": None if learner.optimizer is None else learner.optimizer.state_dict(),
     }
 
@@ -48,6 +50,7 @@ def load_state_dict(learner: Learner, saved: dict[str, Any]) -> None:
             )
     _check_tensors("model", saved["model"], learner.model.state_dict())
     learner.check_feedback(saved["feedback"])
+    _check_generators(saved["generators"], learner.generators)
     if learner.optimizer is not None:
         _check_optimizer(saved["optimizer"], learner.optimizer)
         # torch keeps the tensors that it is given, which may be another learner's.
@@ -55,6 +58,8 @@ def load_state_dict(learner: Learner, saved: dict[str, Any]) -> None:
     learner.model.load_state_dict(saved["model"])
     learner.seed = saved["seed"]  # feedback that waits for the first batch is drawn from it
     learner.take_feedback(saved["feedback"])
+    for name, generator in learner.generators.items():
+        generator.set_state(saved["generators"][name])
 
 
 def _check_tensors(part: str, saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -68,6 +73,16 @@ def _check_tensors(part: str, saved: dict[str, Tensor], wanted: dict[str, Tensor
                 f"{part} of the state has {name!r} of shape {tuple(saved[name].shape)}, "
                 f"but the learner's is {tuple(tensor.shape)}."
             )
+
+
+def _check_generators(saved: dict[str, Tensor], wanted: dict[str, torch.Generator]) -> None:
+    if saved.keys() != wanted.keys():
+        raise ValueError(
+            f"state has random generators {sorted(saved)}, but the learner has {sorted(wanted)}."
+        )
+    for name, generator_state in saved.items():
+        if generator_state.shape != wanted[name].get_state().shape:
+            raise ValueError(f"state of the random generator {name!r} is not one of this torch.")
 
 
 def _check_optimizer(saved: dict[str, Any] | None, optimizer: torch.optim.Optimizer) -> None:

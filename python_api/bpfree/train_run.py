@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
+from torch.optim.lr_scheduler import MultiStepLR
 
 from bpfree import checkpoint, data
 from bpfree._extras import train_extra
@@ -21,6 +23,7 @@ from bpfree.models import build_model
 from bpfree.plots import learning_curve
 from bpfree.registry import find_rule, make_optimizer
 from bpfree.results import BatchInfo, EpochResult
+from bpfree.run_diagnostics import RunDiagnostics
 
 STANDARDIZED = ("cifar-10",)
 """Data sets that are standardised unless asked otherwise, as in the DRTP authors' code."""
@@ -30,6 +33,19 @@ _MAY_CHANGE = ("epochs", "device", "threads")  # when a run is resumed; the rest
 
 class RunError(RuntimeError):
     """A run cannot start or go on as asked; the message says what to do."""
+
+
+def parse_epochs(option: str, text: str | None) -> tuple[int, ...]:
+    """Epochs that an option names, such as ``60,90``; none for ``None``.
+
+    Raises:
+        ValueError: something else than rising numbers above 0.
+    """
+    parts = [] if text is None else text.split(",")
+    numbers = [int(part) for part in parts if part.strip().isdecimal()]
+    if len(numbers) < len(parts) or any(a >= b for a, b in pairwise([0, *numbers])):
+        raise ValueError(f"{option} must be rising epochs from 1 on, such as 60,90, got {text!r}.")
+    return tuple(numbers)
 
 
 class Follower(Protocol):
@@ -65,6 +81,11 @@ class TrainConfig:
     seed: int
     device: str
     threads: int | None
+    lr_drops: tuple[int, ...] = ()
+    input_dropout: bool = True
+    bias: bool = True
+    init: str = "torch"
+    diagnostics: bool = False
 
     @classmethod
     def with_defaults(
@@ -146,12 +167,18 @@ class TrainRun:
             activation=config.activation,
             dropout=config.dropout,
             seed=config.seed,
+            input_dropout=config.input_dropout,
+            bias=config.bias,
+            init=config.init,
         ).to(device)
         optimizer = make_optimizer(
             model.parameters(), config.optimizer, config.lr, config.momentum, config.weight_decay
         )
+        drops = list(config.lr_drops)
+        self._scheduler = MultiStepLR(optimizer, drops, gamma=0.1) if drops else None
         make_learner = find_rule(config.rule).learner
         self.learner = make_learner(model, optimizer, loss=config.loss, seed=config.seed)
+        self._diagnostics = RunDiagnostics(self.learner) if config.diagnostics else None
         self.history: list[EpochResult] = self._resume() if resume else []
         self._make_out()  # last, so that a refused run leaves nothing behind
 
@@ -169,7 +196,7 @@ class TrainRun:
         """Train up to the last epoch, or until Ctrl-C.
 
         The folder then holds ``checkpoint.pt``, ``metrics.json``, ``metrics.csv`` and, after at least
-        one epoch, ``learning_curve.png``.
+        one epoch, ``learning_curve.png`` and, if they were asked for, ``diagnostics.png``.
 
         Returns:
             Whether the last epoch was reached.
@@ -181,6 +208,8 @@ class TrainRun:
                 self._save(self.history)  # Ctrl-C in the first epoch leaves something, too
 
             def on_epoch(result: EpochResult) -> None:
+                if self._diagnostics is not None:
+                    self._diagnostics.record()
                 self._save([*self.history, result])
                 self.history.append(result)
                 self._write_metrics()
@@ -191,6 +220,7 @@ class TrainRun:
                 max(0, config.epochs - self.epoch),
                 config.batch_size,
                 validation=(dataset.test_x, dataset.test_y),
+                scheduler=self._scheduler,
                 seed=config.seed,
                 start_epoch=self.epoch,
                 on_batch=follower.on_batch,
@@ -202,6 +232,8 @@ class TrainRun:
         if self.history:
             title = f"{find_rule(config.rule).title}, {config.model}, {config.data}"
             learning_curve(self.out / "learning_curve.png", self.history, title)
+            if self._diagnostics is not None:
+                self._diagnostics.draw(self.out / "diagnostics.png", title)
         return finished
 
     def _check_out(self, resume: bool) -> None:
@@ -236,20 +268,25 @@ class TrainRun:
                     f"{self.out} was trained with {name} {before.get(name)}, not {value}: resume it "
                     "with the same options, or start another run with --out."
                 )
-        checkpoint.restore(self.learner, saved)
+        checkpoint.restore(self.learner, saved, scheduler=self._scheduler)
+        if self._diagnostics is not None:
+            self._diagnostics.angles = saved["extra"]["angles"]
         history: list[EpochResult] = saved["history"]
         return history
 
     def _save(self, history: Iterable[EpochResult]) -> None:
         done = list(history)
+        angles = [] if self._diagnostics is None else self._diagnostics.angles
         checkpoint.save(
             self._checkpoint,
             self.learner,
             epoch=done[-1].epoch if done else 0,
             history=done,
-            extra={"config": asdict(self.config)},
+            scheduler=self._scheduler,
+            extra={"config": asdict(self.config), "angles": angles},
         )
 
     def _write_metrics(self) -> None:
         config = asdict(self.config) | {"data_source": self.dataset.source}
-        write_metrics(self.out, config, self.history)
+        columns = {} if self._diagnostics is None else self._diagnostics.columns()
+        write_metrics(self.out, config, self.history, columns)

@@ -104,6 +104,33 @@ def test_a_resumed_run_is_bit_identical(optimizer: str, tmp_path: Path) -> None:
     assert [epoch["epoch"] for epoch in history] == [1, 2]
 
 
+def test_a_resumed_pepita_run_is_bit_identical_and_drops_its_learning_rate(tmp_path: Path) -> None:
+    """Its paper's setting: SGD with momentum, ReLU, He uniform, no biases, drops at two epochs."""
+    options = ["--rule", "pepita", "--activation", "relu", "--init", "he", "--no-bias"]
+    options += ["--dropout", "0.1", "--no-input-dropout", "--optimizer", "sgd"]
+    options += ["--momentum", "0.9", "--lr", "0.1", "--lr-drops", "1,3"]
+    assert train(tmp_path / "whole", *options, "--epochs", "4").exit_code == 0
+    assert train(tmp_path / "parts", *options, "--epochs", "2").exit_code == 0
+    resumed = train(tmp_path / "parts", *options, "--epochs", "4", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == {"1.weight", "4.weight"}
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for run_ in ("whole", "parts"):
+        history = json.loads((tmp_path / run_ / "metrics.json").read_text())["history"]
+        assert [epoch["lr"] for epoch in history] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+
+
+@pytest.mark.parametrize("epochs", ["90,60", "60,60", "0,5", "ten", "5,", ""])
+def test_learning_rate_drops_that_are_no_epochs(epochs: str, tmp_path: Path) -> None:
+    refused = train(tmp_path / "run", "--lr-drops", epochs)
+    assert refused.exit_code == 1
+    assert f"lr-drops must be rising epochs from 1 on, such as 60,90, got '{epochs}'" in (
+        refused.stderr
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     train(tmp_path, "--epochs", "1")
     before = weights(tmp_path)
@@ -187,7 +214,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_too(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--rule", "magic"], "rule must be one of drtp, shallow, bp"),
+        (["--rule", "magic"], "rule must be one of drtp, pepita, shallow, bp"),
         (["--model", "vgg"], "model must be fc<L>-<H>"),
         (["--data", "svhn"], "data set must be one of digits, mnist"),
         (

@@ -41,6 +41,37 @@ def test_conv_net_for_colour_images_is_the_papers() -> None:
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
+@pytest.mark.parametrize(("image", "features"), [((1, 28, 28), 4608), ((3, 32, 32), 6272)])
+def test_conv_net_of_the_pepita_paper(image: tuple[int, ...], features: int) -> None:
+    """32 filters of 5×5 without padding, 24×24 or 28×28 positions, pooled to 12×12 or 14×14."""
+    model = build_model("conv-pepita", image, 10, activation="relu", bias=False)
+    assert kinds(model) == ["Conv2d", "ReLU", "MaxPool2d", "Flatten", "Linear"]
+    assert [tuple(p.shape) for p in model.parameters()] == [(32, image[0], 5, 5), (10, features)]
+    assert model(torch.randn(2, *image)).shape == (2, 10)
+
+
+def test_dropout_of_the_hidden_layers_only() -> None:
+    model = build_model("fc2-30", (8,), 10, dropout=0.25, input_dropout=False)
+    assert kinds(model) == [
+        "Flatten", "Linear", "Tanh", "Dropout", "Linear", "Tanh", "Dropout", "Linear",
+    ]  # fmt: skip
+    model = build_model("conv-pepita", (1, 8, 8), 10, dropout=0.25, input_dropout=False)
+    assert kinds(model)[-2:] == ["Dropout", "Linear"]
+
+
+def test_he_uniform_weights() -> None:
+    """U(±√(6 / fan_in)), biases 0: the PEPITA paper's, which has none."""
+    for name, fan_ins in (("fc1-500", (784, 500)), ("conv-pepita", (25, 4608))):
+        for bias in (False, True):
+            model = build_model(name, (1, 28, 28), 10, bias=bias, init="he", seed=3)
+            layers = [layer for layer in model if hasattr(layer, "weight")]
+            for layer, fan_in in zip(layers, fan_ins, strict=True):
+                bound = (6 / fan_in) ** 0.5
+                assert 0.99 * bound < layer.weight.abs().max() <= bound
+                assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+                assert layer.bias is None if not bias else layer.bias.count_nonzero() == 0
+
+
 def test_dropout_sits_on_the_input_of_every_linear_layer_only() -> None:
     model = build_model("conv", (1, 8, 8), 10, dropout=0.25)
     assert kinds(model) == [
@@ -75,7 +106,7 @@ def test_weights_are_pytorchs_default_initialisation() -> None:
 
 @pytest.mark.parametrize("name", ["fc", "fc0-10", "fc1-0", "fc1-", "resnet", "fc1-10x", ""])
 def test_unknown_name_is_refused_with_the_names_that_exist(name: str) -> None:
-    with pytest.raises(ValueError, match=r"model must be fc<L>-<H> .* or conv, got"):
+    with pytest.raises(ValueError, match=r"model must be fc<L>-<H> .*conv or conv-pepita, got"):
         build_model(name, (1, 8, 8), 10)
 
 
@@ -84,6 +115,11 @@ def test_bad_arguments_are_refused() -> None:
         build_model("fc1-10", (8,), 10, activation="swish")
     with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1.0"):
         build_model("fc1-10", (8,), 10, dropout=1.0)
+    with pytest.raises(ValueError, match="init must be one of torch, he, got 'glorot'"):
+        build_model("fc1-10", (8,), 10, init="glorot")
+    for shape in ((64,), (1, 5, 28)):
+        with pytest.raises(ValueError, match=r"conv-pepita .* 6 by 6 at least, got"):
+            build_model("conv-pepita", shape, 10)
     with pytest.raises(ValueError, match=r"images of shape .*, got \(2, 8, 8\)"):
         build_model("conv", (2, 8, 8), 10)
     with pytest.raises(ValueError, match=r"images of shape .*, got \(64,\)"):

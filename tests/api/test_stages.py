@@ -60,6 +60,27 @@ def test_trace_gives_maps_before_pooling() -> None:
     assert shapes == {"0.0": (4, 9, 8), "0.3": (6, 2, 2), "3": (8,), "6": (4,)}
 
 
+def test_entering_gives_what_the_first_layer_gets() -> None:
+    assert parse(conv()).entering((3, 9, 8)) == (3, 9, 8)
+    assert parse(dense()).entering((3, 4)) == (12,)
+    pooled = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(8, 2))
+    assert parse(pooled).entering((3, 9, 8)) == (3, 4, 4)
+    with pytest.raises(ValueError, match="does not fit module MaxPool2d"):
+        parse(pooled).entering((3, 1, 1))
+
+
+def test_activate_leaves_its_argument_alone() -> None:
+    z = torch.randn(3, 4)
+    kept = z.clone()
+    for f in (nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.2, inplace=True)):
+        stage = parse(nn.Sequential(nn.Linear(3, 4), f, nn.Linear(4, 2))).hidden[0]
+        wanted = nn.functional.leaky_relu(kept, stage.slope or 0.0)
+        torch.testing.assert_close(stage.activate(z), wanted)
+        assert torch.equal(z, kept)
+    bare = parse(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))).hidden[0]
+    assert bare.activate(z) is z
+
+
 def test_trace_uses_no_random_numbers() -> None:
     model = conv(dropout=0.5).train()
     network = parse(nn.Sequential(nn.Dropout2d(0.5), model))

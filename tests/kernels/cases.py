@@ -1,4 +1,4 @@
-"""What the tests run on: layers with inputs, update rules, awkward memory layouts, snapshots.
+"""What the tests run on: layers with inputs, update rules, snapshots.
 
 A `LayerCase` holds the arguments of one layer op and knows the float64 formula, the plain PyTorch
 formula and the library's functions for it, so that one test serves every family of layers.
@@ -7,7 +7,7 @@ formula and the library's functions for it, so that one test serves every family
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,14 @@ from torch import Tensor
 
 import bpfree_kernels as bk
 
-from . import golden, plain
+from . import golden, golden_pepita, plain
 from .golden import Array, Rule
 from .tolerances import check, to_numpy
 
 SHAPES = [
     (1, 1, 1, 1), (5, 7, 6, 3), (3, 17, 1, 2), (2, 1, 17, 3), (33, 50, 31, 10), (64, 48, 24, 3),
     (70, 130, 101, 10), (128, 300, 257, 5), (3, 800, 7, 2), (2, 3, 1030, 1),
+    (1, 785, 25, 2), (5, 7, 1000, 5), (60, 48, 24, 70), (129, 100, 50, 130), (300, 1, 6, 10),
 ]  # fmt: skip
 """[batch, in, out, classes]: ones, odd sizes, exactly one block, more than one block of everything."""
 
@@ -41,6 +42,9 @@ SMALL = (5, 7, 6, 3)
 
 KINKED = ("relu", "leaky_relu", "hardtanh", "sign")
 """Activations with a jump in f′: near it, rounding z differently is a different gradient."""
+
+SAMPLES = ("x", "labels", "post", "pre", "z", "change", "mask")
+"""Names of what a layer op takes for each sample, with the batch as first dimension."""
 
 RULES = {
     "sgd": Rule("sgd"),
@@ -75,7 +79,8 @@ class LayerCase:
     """The arguments of a layer op, by name and in order, and what belongs to it.
 
     Attributes:
-        tensors: x, weight, bias (or ``None``) and what else the op reads.
+        tensors: weight, bias (or ``None``) and what the op reads, in the schema's order but for the
+            bias, which comes right after the weight as in the public functions.
         options: keyword arguments of the op.
         step_op, grad_op: the library's functions.
         exact_fn, plain_fn: the float64 formula and the plain PyTorch formula.
@@ -100,6 +105,17 @@ class LayerCase:
         """The bias, if the layer has one."""
         return self.tensors["bias"]
 
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """The tensors that hold one entry for each sample of the batch."""
+        found = ((name, self.tensors.get(name)) for name in SAMPLES)
+        return {name: tensor for name, tensor in found if tensor is not None}
+
+    @property
+    def input(self) -> str:
+        """The name of the layer's input, [batch, in]."""
+        return "x" if "x" in self.tensors else "pre"
+
     def using(self, **tensors: Tensor | None) -> LayerCase:
         """The same layer with other tensors."""
         return replace(self, tensors={**self.tensors, **tensors})
@@ -115,16 +131,17 @@ class LayerCase:
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """The op that learns in place; returns its outputs."""
         result = self.step_op(
-            *self.tensors.values(), update, state, backend=backend, **self.options
+            **self.tensors, update=update, state=state, backend=backend, **self.options
         )
-        return (result,) if isinstance(result, Tensor) else tuple(result)
+        return (result,) if isinstance(result, Tensor) else tuple(result or ())
 
     def grad(self, backend: str | None = None, **gradients: Any) -> tuple[Tensor, ...]:
         """The op that returns gradients: outputs, then those of weight and bias (if any)."""
-        outputs, weight, bias = self.grad_op(
-            *self.tensors.values(), backend=backend, **gradients, **self.options
+        *outputs, weight, bias = self.grad_op(
+            **self.tensors, backend=backend, **gradients, **self.options
         )
-        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        if outputs and not isinstance(outputs[0], Tensor):
+            outputs = list(outputs[0])
         assert (bias is None) == (self.bias is None)
         return (*outputs, weight) if bias is None else (*outputs, weight, bias)
 
@@ -218,7 +235,83 @@ def classifier_case(
     )  # fmt: skip
 
 
-FAMILIES: dict[str, Callable[..., LayerCase]] = {"drtp": drtp_case, "classifier": classifier_case}
+def dense_case(
+    shape: tuple[int, int, int, int] = SMALL,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    scale: float = -0.3,
+    bias: bool = True,
+    seed: int = 0,
+) -> LayerCase:
+    """A dense layer that learns from a signal at its output units."""
+    batch, inputs, outputs, _ = shape
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "post": _normal(rng, batch, outputs),
+        "pre": _normal(rng, batch, inputs),
+        "weight": _normal(rng, outputs, inputs),
+        "bias": _normal(rng, outputs) if bias else None,
+    }
+    return LayerCase(
+        _tensors(arrays, dtype, device), {"scale": scale}, bk.dense_step, bk.dense_grad,
+        golden_pepita.dense, plain.dense,
+    )  # fmt: skip
+
+
+def pepita_case(
+    shape: tuple[int, int, int, int] = SMALL,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    activation: str = "relu",
+    slope: float | None = None,
+    bias: bool = True,
+    feedback: bool = True,
+    mask: bool = True,
+    seed: int = 0,
+) -> LayerCase:
+    """A PEPITA hidden layer, the first one with `feedback`; the mask keeps three units of four.
+
+    For ``sign``, whose change jumps, everything before it lies on a grid (see `KINKED`).
+    """
+    batch, inputs, outputs, classes = shape
+    rng = np.random.default_rng(seed)
+    draw, spread = (_grid, 1.0) if activation == "sign" else (_normal, max(inputs, 1) ** -0.5)
+    arrays = {
+        "z": draw(rng, batch, outputs),
+        "pre": _normal(rng, batch, inputs),
+        "change": draw(rng, batch, classes if feedback else inputs),
+        "weight": draw(rng, outputs, inputs) * spread,
+        "bias": _normal(rng, outputs) if bias else None,
+        "feedback": draw(rng, inputs, classes) if feedback else None,
+        "mask": (rng.random((batch, outputs)) < 0.75) * 1.25 if mask else None,
+    }
+    if feedback:  # a change of the input as large as the error; of products of three, few digits
+        spread = max(classes, 1) ** -0.5
+        arrays["feedback"] = (
+            np.round(arrays["feedback"]) if activation == "sign" else arrays["feedback"] * spread
+        )
+    return LayerCase(
+        _tensors(arrays, dtype, device), {"activation": activation, "slope": slope},
+        bk.pepita_linear_step, bk.pepita_linear_grad, _pepita_exact, _pepita_plain,
+    )  # fmt: skip
+
+
+def _pepita_exact(*args: Any) -> golden.Layer:
+    return golden_pepita.layer(*args[:-1], default_slope(*args[-2:]))
+
+
+def _pepita_plain(*args: Any) -> plain.Layer:
+    return plain.pepita_dense(*args[:-1], default_slope(*args[-2:]))
+
+
+FAMILIES: dict[str, Callable[..., LayerCase]] = {
+    "drtp": drtp_case,
+    "classifier": classifier_case,
+    "dense": dense_case,
+    "pepita": pepita_case,
+}
 """Every family of layers with a ``*_step`` and a ``*_grad`` op."""
 
 
@@ -238,98 +331,6 @@ def library_rule(rule: Rule, lr: float | Tensor | None = None) -> bk.SGD | bk.Ad
         return bk.SGD(lr, rule.momentum, rule.weight_decay, rule.nesterov)
     kind = {"adam": bk.Adam, "adamw": bk.AdamW}[rule.name]
     return kind(lr, rule.betas, rule.eps, rule.weight_decay)
-
-
-Arguments = dict[str, Any]
-
-
-def _layer(*names: str) -> Arguments:
-    tensors = drtp_case().tensors
-    return {name: tensors[name] for name in names}
-
-
-def _drtp() -> Arguments:
-    return _layer("x", "weight", "bias", "feedback", "labels")
-
-
-def _classifier() -> Arguments:
-    return _layer("x", "weight", "bias", "labels")
-
-
-def _learning(arguments: Arguments) -> Arguments:
-    rule = bk.Adam(0.1)
-    state = rule.new_state(arguments["weight"], arguments["bias"])
-    return {**arguments, "update": rule, "state": state}
-
-
-def _signal() -> Arguments:
-    return {"z": torch.randn(5, 6), **_layer("feedback", "labels")}
-
-
-def _update() -> Arguments:
-    param, rule = torch.randn(4, 5), bk.Adam(0.1)
-    return {
-        "param": param,
-        "grad": torch.randn(4, 5),
-        "update": rule,
-        "state": rule.new_param_state(param),
-    }
-
-
-FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
-    "drtp_linear_step": (bk.drtp_linear_step, lambda: _learning(_drtp())),
-    "drtp_linear_grad": (bk.drtp_linear_grad, _drtp),
-    "drtp_signal": (bk.drtp_signal, _signal),
-    "classifier_step": (bk.classifier_step, lambda: _learning(_classifier())),
-    "classifier_grad": (bk.classifier_grad, _classifier),
-    "apply_update": (bk.apply_update, _update),
-}
-"""Every public function, with arguments that are right for it."""
-
-
-@dataclass
-class Laid:
-    """A tensor inside a larger buffer, with what the buffer held before an op ran.
-
-    Attributes:
-        view: the values, laid out awkwardly.
-        buffer: the memory around them, filled with a value that nothing computes.
-    """
-
-    view: Tensor
-    buffer: Tensor
-    before: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.before = self.buffer.clone()
-
-    def check_surroundings(self) -> None:
-        """Raise AssertionError if anything but the view's own elements has changed."""
-        expected = self.before.clone()
-        expected.as_strided(
-            self.view.shape, self.view.stride(), self.view.storage_offset()
-        ).copy_(self.view)  # fmt: skip
-        assert torch.equal(expected, self.buffer), "memory around the tensor was written"
-
-
-LAYOUTS = ("transposed", "strided", "offset")
-"""Memory layouts that are legal in torch: column-major, every second element, off alignment."""
-
-
-def laid_out(tensor: Tensor, layout: str) -> Laid:
-    """The same values in another memory layout, with guard elements around them."""
-    shape = tuple(tensor.shape)
-    if layout == "transposed":
-        buffer = tensor.new_full((*reversed(shape),), 77)
-        view = buffer.permute(*reversed(range(tensor.dim())))
-    elif layout == "strided":
-        buffer = tensor.new_full((*shape[:-1], 2 * shape[-1] + 1), 77)
-        view = buffer[..., 1::2]
-    else:
-        buffer = tensor.new_full((tensor.numel() + 2,), 77)
-        view = buffer[1:-1].view(shape)
-    view.copy_(tensor)
-    return Laid(view, buffer)
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,38 +10,28 @@ from torch import Tensor
 
 import bpfree_kernels as bk
 
-from .cases import FUNCTIONS, SMALL, Arguments
+from .calls import FUNCTIONS, Arguments
+from .cases import SMALL
+from .mistake import Mistake, replaced
+from .mistakes_signals import SIGNAL_MISTAKES
 
 BATCH, INPUTS, OUTPUTS, CLASSES = SMALL
 
-LAYERS = ("drtp_linear_step", "drtp_linear_grad", "classifier_step", "classifier_grad")
-STEPS = ("drtp_linear_step", "classifier_step")
-UPDATES = (*STEPS, "apply_update")
-GRADS = ("drtp_linear_grad", "classifier_grad")
 DRTP = ("drtp_linear_step", "drtp_linear_grad")
+CLASSIFIER = ("classifier_forward", "classifier_step", "classifier_grad")
+LEARNING = (*DRTP, "classifier_step", "classifier_grad")
+"""What learns from labels."""
+LAYERS = (*DRTP, *CLASSIFIER, "dense_forward")
+"""What takes an input called x."""
+STEPS = ("drtp_linear_step", "classifier_step", "dense_step", "pepita_linear_step")
+UPDATES = (*STEPS, "apply_update")
+GRADS = ("drtp_linear_grad", "classifier_grad", "dense_grad", "pepita_linear_grad")
 WITH_FEEDBACK = (*DRTP, "drtp_signal")
-WITH_LABELS = (*LAYERS, "drtp_signal")
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """One wrong argument.
-
-    Attributes:
-        functions: the public functions that it concerns.
-        change: the arguments that differ from a valid call, made from the valid ones.
-        error: the exception wanted.
-        words: what the message must contain: the argument, what came, what was wanted.
-    """
-
-    functions: tuple[str, ...]
-    change: Callable[[Arguments], Arguments]
-    error: type[Exception] | tuple[type[Exception], ...]
-    words: tuple[str, ...]
-
-
-def _replaced(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda arguments: {name: change(arguments[name])}
+WITH_LABELS = (*DRTP, *CLASSIFIER, "drtp_signal")
+WITH_ACTIVATION = (
+    *WITH_FEEDBACK, "dense_forward", "pepita_linear_step", "pepita_linear_grad",
+    "pepita_difference",
+)  # fmt: skip
 
 
 def _state(change: Callable[[Any, Arguments], None]) -> Callable[[Arguments], Arguments]:
@@ -75,24 +64,25 @@ def _wild(value: int) -> Callable[[Tensor], Tensor]:
 
 
 MISTAKES = {
+    **SIGNAL_MISTAKES,
     "no classes": Mistake(
-        ("classifier_step", "classifier_grad"),
+        CLASSIFIER,
         lambda a: {"weight": a["weight"][:0], "bias": None, "state": None}
         if "state" in a else {"weight": a["weight"][:0], "bias": None},
         ValueError, ("weight", "class"),
     ),
     # not tensors at all
-    "x is a list": Mistake(LAYERS, _replaced("x", Tensor.tolist), TypeError, ("x", "list")),
-    "x is an array": Mistake(LAYERS, _replaced("x", Tensor.numpy), TypeError, ("x", "ndarray")),
+    "x is a list": Mistake(LAYERS, replaced("x", Tensor.tolist), TypeError, ("x", "list")),
+    "x is an array": Mistake(LAYERS, replaced("x", Tensor.numpy), TypeError, ("x", "ndarray")),
     "weight is None": Mistake(
         LAYERS, lambda _: {"weight": None}, TypeError, ("weight", "NoneType")
     ),
     "bias is a number": Mistake(LAYERS, lambda _: {"bias": 0.0}, TypeError, ("bias", "float")),
     "labels is a list": Mistake(
-        WITH_LABELS, _replaced("labels", Tensor.tolist), TypeError, ("labels", "list")
+        WITH_LABELS, replaced("labels", Tensor.tolist), TypeError, ("labels", "list")
     ),
     "feedback is an array": Mistake(
-        WITH_FEEDBACK, _replaced("feedback", Tensor.numpy), TypeError, ("feedback", "ndarray")
+        WITH_FEEDBACK, replaced("feedback", Tensor.numpy), TypeError, ("feedback", "ndarray")
     ),
     "grad is None": Mistake(
         ("apply_update",), lambda _: {"grad": None}, TypeError, ("grad", "NoneType")
@@ -112,39 +102,39 @@ MISTAKES = {
         TypeError, ("state", "LayerState"),
     ),
     # dtypes
-    "x of integers": Mistake(LAYERS, _replaced("x", Tensor.long), TypeError, ("x", "torch.int64")),
+    "x of integers": Mistake(LAYERS, replaced("x", Tensor.long), TypeError, ("x", "torch.int64")),
     "x half on the CPU": Mistake(
-        LAYERS, _replaced("x", Tensor.half), TypeError, ("x", "cpu", "float32", "torch.float16")
+        LAYERS, replaced("x", Tensor.half), TypeError, ("x", "cpu", "float32", "torch.float16")
     ),
-    "x complex": Mistake(LAYERS, _replaced("x", Tensor.cfloat), TypeError, ("x", "complex64")),
+    "x complex": Mistake(LAYERS, replaced("x", Tensor.cfloat), TypeError, ("x", "complex64")),
     "x sparse": Mistake(
-        LAYERS, _replaced("x", Tensor.to_sparse), (TypeError, ValueError), ("x", "sparse")
+        LAYERS, replaced("x", Tensor.to_sparse), (TypeError, ValueError), ("x", "sparse")
     ),
     "weight of another dtype": Mistake(
-        LAYERS, _replaced("weight", Tensor.double), TypeError, ("weight", "x", "float32", "float64")
+        LAYERS, replaced("weight", Tensor.double), TypeError, ("weight", "x", "float32", "float64")
     ),
     "bias of another dtype": Mistake(
-        LAYERS, _replaced("bias", Tensor.double), TypeError, ("bias", "x", "float32", "float64")
+        LAYERS, replaced("bias", Tensor.double), TypeError, ("bias", "x", "float32", "float64")
     ),
     "feedback of another dtype": Mistake(
-        WITH_FEEDBACK, _replaced("feedback", Tensor.double), TypeError,
+        WITH_FEEDBACK, replaced("feedback", Tensor.double), TypeError,
         ("feedback", "float32", "float64"),
     ),
     "labels of floats": Mistake(
-        WITH_LABELS, _replaced("labels", Tensor.float), TypeError,
+        WITH_LABELS, replaced("labels", Tensor.float), TypeError,
         ("labels", "int32", "int64", "float32"),
     ),
     "labels of bytes": Mistake(
         WITH_LABELS, lambda a: {"labels": a["labels"].byte()}, TypeError, ("labels", "uint8")
     ),
     "z of integers": Mistake(
-        ("drtp_signal",), _replaced("z", Tensor.long), TypeError, ("z", "int64")
+        ("drtp_signal",), replaced("z", Tensor.long), TypeError, ("z", "int64")
     ),
     "param of integers": Mistake(
-        ("apply_update",), _replaced("param", Tensor.long), TypeError, ("param", "int64")
+        ("apply_update",), replaced("param", Tensor.long), TypeError, ("param", "int64")
     ),
     "grad of another dtype": Mistake(
-        ("apply_update",), _replaced("grad", Tensor.double), TypeError,
+        ("apply_update",), replaced("grad", Tensor.double), TypeError,
         ("grad", "param", "float32", "float64"),
     ),
     # shapes
@@ -182,7 +172,7 @@ MISTAKES = {
         WITH_LABELS, lambda a: {"labels": a["labels"][1:]}, ValueError, ("labels", "(5,)", "(4,)")
     ),
     "empty batch": Mistake(
-        LAYERS, lambda a: {"x": a["x"][:0], "labels": a["labels"][:0]}, ValueError, ("x", "(0, 7)")
+        LEARNING, lambda a: {"x": a["x"][:0], "labels": a["labels"][:0]}, ValueError, ("x", "(0, 7)")
     ),
     "z a vector": Mistake(
         ("drtp_signal",), lambda a: {"z": a["z"][0]}, ValueError, ("z", "[batch, ...]", "(6,)")
@@ -193,10 +183,10 @@ MISTAKES = {
     ),
     # label values
     "label too large": Mistake(
-        WITH_LABELS, _replaced("labels", _wild(6)), IndexError, ("labels", "[0, ", "6 at position"),
+        WITH_LABELS, replaced("labels", _wild(6)), IndexError, ("labels", "[0, ", "6 at position"),
     ),
     "label negative": Mistake(
-        WITH_LABELS, _replaced("labels", _wild(-1)), IndexError, ("labels", "-1 at position 2")
+        WITH_LABELS, replaced("labels", _wild(-1)), IndexError, ("labels", "-1 at position 2")
     ),
     # devices
     "weight elsewhere": Mistake(
@@ -216,22 +206,22 @@ MISTAKES = {
     ),
     # names and numbers
     "unknown activation": Mistake(
-        WITH_FEEDBACK, lambda _: {"activation": "gelu"}, ValueError,
+        WITH_ACTIVATION, lambda _: {"activation": "gelu"}, ValueError,
         ("activation", "tanh", "hardtanh", "'gelu'"),
     ),
     "slope without meaning": Mistake(
-        WITH_FEEDBACK, lambda _: {"slope": 0.1}, ValueError, ("slope", "'tanh'", "0.1")
+        WITH_ACTIVATION, lambda _: {"slope": 0.1}, ValueError, ("slope", "'tanh'", "0.1")
     ),
     "slope negative": Mistake(
-        WITH_FEEDBACK, lambda _: {"activation": "leaky_relu", "slope": -0.1}, ValueError,
+        WITH_ACTIVATION, lambda _: {"activation": "leaky_relu", "slope": -0.1}, ValueError,
         ("slope", "positive", "-0.1"),
     ),
     "slope not a number": Mistake(
-        WITH_FEEDBACK, lambda _: {"activation": "hardtanh", "slope": float("nan")}, ValueError,
+        WITH_ACTIVATION, lambda _: {"activation": "hardtanh", "slope": float("nan")}, ValueError,
         ("slope", "positive", "nan"),
     ),
     "unknown loss": Mistake(
-        ("classifier_step", "classifier_grad"), lambda _: {"loss": "hinge"}, ValueError,
+        CLASSIFIER, lambda _: {"loss": "hinge"}, ValueError,
         ("loss", "ce", "bce", "mse", "'hinge'"),
     ),
     "unknown backend": Mistake(
@@ -328,7 +318,8 @@ MISTAKES = {
     ),
     # shared memory
     "weight inside x": Mistake(
-        STEPS, lambda a: {"x": _param(a)[:BATCH]}, ValueError, ("x", "weight", "share memory")
+        ("drtp_linear_step", "classifier_step"), lambda a: {"x": _param(a)[:BATCH]}, ValueError,
+        ("x", "weight", "share memory"),
     ),
     "moment is the weight": Mistake(
         UPDATES, _state(_set("m", lambda _, a: _param(a))), ValueError,

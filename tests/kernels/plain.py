@@ -80,6 +80,45 @@ def drtp_dense(
     return Layer(y.detach(), *_gradients(y, leaves, project(feedback, labels)))
 
 
+class Gradients(NamedTuple):
+    """Gradients of a dense layer."""
+
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
+def dense(
+    post: Tensor, pre: Tensor, weight: Tensor, bias: Tensor | None, scale: float
+) -> Gradients:
+    """Gradients of a layer by autograd, from the gradient at its output units."""
+    leaves = _leaves(weight, bias)
+    return Gradients(*_gradients(F.linear(pre, *leaves), leaves, scale * post))
+
+
+def difference(z: Tensor, change: Tensor, activation: str, slope: float) -> Tensor:
+    """f(z + Δz) − f(z), subtracted in float64: what an exact function of rounded arguments gives."""
+    after = activate(z.double() + change.double(), activation, slope)
+    return (after - activate(z.double(), activation, slope)).to(z.dtype)
+
+
+def pepita_dense(
+    z: Tensor,
+    pre: Tensor,
+    change: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    feedback: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+    slope: float,
+) -> Layer:
+    """Change of the output of a PEPITA layer and its gradients, the change carried through."""
+    change = change if feedback is None else change @ feedback.t()
+    changed = difference(z, F.linear(change, weight), activation, slope)
+    changed = changed if mask is None else changed * mask
+    return Layer(changed, *dense(changed, pre, weight, bias, -1 / z.shape[0]))
+
+
 class Classifier(NamedTuple):
     """What an output layer returns, and its gradients."""
 

@@ -209,6 +209,16 @@ def test_triton_refuses_float64(family: str) -> None:
             call()
     with pytest.raises(TypeError, match=r"triton.*float64"):
         bk.apply_update(case.weight, case.weight * 2, bk.SGD(0.1), backend="triton")
+    x, w, b = (case.tensors[name] for name in (case.input, "weight", "bias"))
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    for call in (
+        lambda: bk.dense_forward(x, w, b, backend="triton"),
+        lambda: bk.classifier_forward(x, w, b, labels, backend="triton"),
+        lambda: bk.drtp_signal(x, x[:2], labels, backend="triton"),
+        lambda: bk.pepita_difference(x, x * 2, backend="triton"),
+    ):
+        with pytest.raises(TypeError, match=r"triton.*float64"):
+            call()
     snapshot.check_unchanged()
 
 

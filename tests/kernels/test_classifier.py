@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import bpfree_kernels as bk
 from bpfree_kernels import backends
 
-from .cases import classifier_case
+from .cases import Snapshot, classifier_case
+from .layouts import LAYOUTS, laid_out
 from .tolerances import check, to_numpy
 
 Target = tuple[str, str]
@@ -124,6 +125,44 @@ def test_labels_that_are_no_class(loss: str, target: Target) -> None:
     results = (*body(*case.tensors.values(), loss, *grads, False), *grads)
     for index, (got, wanted) in enumerate(zip(results, case.exact(), strict=True)):
         check(f"result {index}", got, wanted, torch.from_numpy(wanted).to(got.dtype))
+
+
+def test_forward(target: Target, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    """The forward pass alone gives what the gradient's does, to the bit, and changes nothing."""
+    backend, device = target
+    loss, bias = LOSSES[shape[2] % 3], shape[0] % 2 == 1  # every loss, with a bias and without
+    case = classifier_case(shape, dtype, device, loss=loss, bias=bias)
+    snapshot = Snapshot(case.tensors)
+    outputs = bk.classifier_forward(**case.tensors, loss=loss, backend=backend)
+    assert isinstance(outputs, bk.ClassifierOutput)
+    case.check(outputs)
+    for got, wanted in zip(outputs, case.grad(backend), strict=False):
+        assert torch.equal(got, wanted)
+    snapshot.check_unchanged()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_forward_of_nothing(loss: str, target: Target, dtype: torch.dtype) -> None:
+    """No samples: empty outputs. No inputs: those of the bias."""
+    backend, device = target
+    case = classifier_case((0, 7, 6, 0), dtype, device, loss=loss)
+    outputs = bk.classifier_forward(**case.tensors, loss=loss, backend=backend)
+    assert [tuple(t.shape) for t in outputs] == [(0, 6), (0, 6), (0,)]
+    assert all(t.dtype == dtype for t in outputs)
+    case = classifier_case((5, 0, 6, 0), dtype, device, loss=loss)
+    case.check(bk.classifier_forward(**case.tensors, loss=loss, backend=backend))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward_in_any_layout(layout: str, target: Target) -> None:
+    """Everything that is read may lie in memory in any way, and needs no graph."""
+    backend, device = target
+    case = classifier_case((6, 10, 9, 0), device=device)
+    views = {name: laid_out(tensor, layout).view for name, tensor in case.tensors.items()}
+    views["x"] = views["x"].detach().requires_grad_()
+    outputs = bk.classifier_forward(**views, backend=backend)
+    case.check(outputs)
+    assert not any(t.requires_grad for t in outputs)
 
 
 def test_outputs_have_names(target: Target) -> None:

@@ -18,6 +18,10 @@ FILES = (
     "test_activations.py",
     "test_update.py",
     "test_layer.py",
+    "test_dense.py",
+    "test_pepita.py",
+    "test_pepita_entries.py",
+    "test_pepita_maps.py",
 )
 
 SCRIPT = """

@@ -44,7 +44,7 @@ def everything(
 
 
 def elementwise(target: Target, dtype: torch.dtype) -> list[Tensor]:
-    """The signal of a map and an update of a parameter."""
+    """The signal of a map, its change, an update of a parameter, and forward passes."""
     backend, device = target
     generator = torch.Generator().manual_seed(0)
     z, feedback, param = (
@@ -54,7 +54,13 @@ def elementwise(target: Target, dtype: torch.dtype) -> list[Tensor]:
     feedback = z[:2] * 2
     labels = torch.tensor([1, 0, 1], device=device)
     results = list(bk.drtp_signal(z, feedback, labels, backend=backend))
+    results.append(bk.pepita_difference(z, z.cos(), backend=backend))
+    results.append(
+        bk.pepita_difference(z, z[:, :2] / 8, basis=feedback, activation="tanh", backend=backend)
+    )
     bk.apply_update(param, param.cos(), bk.SGD(0.1), backend=backend)
+    results += bk.dense_forward(param, param * 2, param[:, 0], backend=backend)
+    results += bk.classifier_forward(param[:3], param, None, labels, backend=backend)
     return [*results, param]
 
 

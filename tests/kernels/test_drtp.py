@@ -16,7 +16,7 @@ from torch import Tensor
 import bpfree_kernels as bk
 from bpfree_kernels import backends
 
-from . import cases, golden, plain
+from . import cases, golden, layouts, plain
 from .cases import drtp_case
 from .tolerances import check, to_numpy
 
@@ -110,7 +110,7 @@ def test_signal_of_any_shape(size: tuple[int, ...], target: Target, dtype: torch
         assert got.data_ptr() != z.data_ptr() or z.numel() == 0
 
 
-@pytest.mark.parametrize("layout", [*cases.LAYOUTS, "channels_last"])
+@pytest.mark.parametrize("layout", [*layouts.LAYOUTS, "channels_last"])
 def test_signal_in_any_layout(layout: str, target: Target) -> None:
     """A map and its feedback may lie in memory in any way, and are not touched."""
     backend, device = target
@@ -120,7 +120,7 @@ def test_signal_in_any_layout(layout: str, target: Target) -> None:
     if layout == "channels_last":
         awkward = [s.to(memory_format=torch.channels_last) for s in (z, t["feedback"])]
     else:
-        awkward = [cases.laid_out(s, layout).view for s in (z, t["feedback"])]
+        awkward = [layouts.laid_out(s, layout).view for s in (z, t["feedback"])]
     snapshot = cases.Snapshot({"z": awkward[0], "feedback": awkward[1], "labels": labels})
     straight = bk.drtp_signal(z, t["feedback"], labels, backend=backend)
     for got, wanted in zip(

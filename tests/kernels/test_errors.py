@@ -15,7 +15,8 @@ import torch
 
 import bpfree_kernels as bk
 
-from .cases import FUNCTIONS, Snapshot
+from .calls import FUNCTIONS
+from .cases import Snapshot
 from .mistakes import MISTAKES
 
 pytestmark = pytest.mark.filterwarnings("ignore::bpfree_kernels.BackendFallbackWarning")

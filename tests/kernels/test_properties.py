@@ -46,8 +46,11 @@ def draw(family: str, sizes: tuple[int, int, int, int], seed: int, target: Targe
 
 def size_of_terms(case: LayerCase) -> float:
     """A bound on the sum of magnitudes that a gradient adds up: its rounding scales with it."""
-    x, feedback = case.tensors["x"], case.tensors.get("feedback", torch.ones(1))
-    return x.shape[0] * float(x.abs().max() + 1) * float(feedback.abs().max() + 1)
+    read = [t for name, t in case.tensors.items() if name not in ("weight", "bias", "labels")]
+    size = float(case.tensors[case.input].shape[0])
+    for tensor in read:
+        size *= float(tensor.abs().max() + 1)
+    return size
 
 
 def check_equal(name: str, got: Tensor, wanted: Tensor, scale: float) -> None:
@@ -57,10 +60,10 @@ def check_equal(name: str, got: Tensor, wanted: Tensor, scale: float) -> None:
 
 def permuted(case: LayerCase, seed: int) -> tuple[LayerCase, Tensor]:
     """The same layer with its batch in another order, and the order."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(case.tensors["x"].shape[0]))
+    batch = case.tensors[case.input].shape[0]
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(batch))
     order = order.to(case.weight.device)
-    batch = {name: case.tensors[name][order] for name in ("x", "labels")}
-    return case.using(**batch), order
+    return case.using(**{name: tensor[order] for name, tensor in case.samples.items()}), order
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,6 +105,40 @@ def test_linear_in_the_feedback(
     for index in (1, 2):
         wanted = a * of_first[index] + b * of_second[index]
         check_equal(f"gradient {index}", of_both[index], wanted, 8 * size_of_terms(case))
+
+
+@pytest.mark.parametrize("family", ["dense", "pepita"])
+@given(sizes=SIZES, seed=SEEDS, factors=st.tuples(st.integers(-3, 3), st.integers(-3, 3)))
+@search
+def test_linear_in_the_presynaptic_factor(
+    family: str, target: Target, sizes: Any, seed: int, factors: tuple[int, int]
+) -> None:
+    """∂W of a·pre₁ + b·pre₂ is a and b times those of pre₁ and pre₂; nothing else depends on pre."""
+    case = draw(family, sizes, seed, target)
+    first = case.tensors["pre"]
+    second = draw(family, sizes, seed + 1, target).tensors["pre"]
+    a, b = factors
+    of_first, of_second, of_both = (
+        case.using(pre=pre).grad(target[0]) for pre in (first, second, a * first + b * second)
+    )
+    wanted = a * of_first[-2] + b * of_second[-2]
+    check_equal("gradient", of_both[-2], wanted, 8 * size_of_terms(case))
+    for got, same in zip((*of_both[:-2], of_both[-1]), (*of_first[:-2], of_first[-1]), strict=True):
+        assert torch.equal(got, same)
+
+
+@given(sizes=SIZES, seed=SEEDS, power=st.integers(-9, 9), flip=st.booleans())
+@search
+def test_homogeneous_in_the_error(
+    target: Target, sizes: Any, seed: int, power: int, flip: bool
+) -> None:
+    """PEPITA through the identity: twice the error (by a power of two) is exactly twice all else."""
+    backend, device = target
+    case = cases.pepita_case(sizes, exact_dtype(target), device, activation="identity", seed=seed)
+    factor = 2.0**power * (-1 if flip else 1)
+    scaled = case.using(change=factor * case.tensors["change"])
+    for got, once in zip(scaled.grad(backend), case.grad(backend), strict=True):
+        assert torch.equal(got, factor * once)
 
 
 @given(sizes=SIZES, seed=SEEDS, share=st.floats(0, 1))

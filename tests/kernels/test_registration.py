@@ -15,7 +15,7 @@ import bpfree_kernels as bk
 from bpfree_kernels import backends
 
 from . import cases
-from .cases import FAMILIES, LayerCase, classifier_case, drtp_case
+from .cases import FAMILIES, LayerCase, classifier_case, dense_case, drtp_case, pepita_case
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::bpfree_kernels.BackendFallbackWarning"),
@@ -31,46 +31,72 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def step_arguments(case: LayerCase, rule: bk.SGD | bk.Adam) -> tuple[Any, ...]:
-    """What a ``*_step`` op gets."""
-    state = rule.new_state(case.weight, case.bias)
-    states = (state.weight, state.bias)
-    return (
-        *case.tensors.values(),
-        *_op_options(case),
-        *rule.args(),
-        *(tensor for s in states for tensor in (s.m, s.v, s.step)),
-    )
+UPDATE = ("optimizer", "lr", "beta1", "beta2", "eps", "weight_decay", "nesterov", "lr_tensor")
 
 
-def grad_arguments(case: LayerCase, accumulate: bool) -> tuple[Any, ...]:
-    """What a ``*_grad`` op gets."""
-    bias = None if case.bias is None else torch.ones_like(case.bias)
-    return (
-        *case.tensors.values(),
-        *_op_options(case),
-        torch.ones_like(case.weight),
-        bias,
-        accumulate,
-    )
-
-
-def _op_options(case: LayerCase) -> tuple[Any, ...]:
+def _arguments(op: Any, case: LayerCase, named: dict[str, Any]) -> tuple[Any, ...]:
+    """What an op gets, in its schema's order: a case's tensors and options, and what is named."""
     options = dict(case.options)
     if "slope" in options:
         options["slope"] = cases.default_slope(options["activation"], options["slope"])
-    return tuple(options.values())
+    given = {**case.tensors, **options, **named}
+    if "z" in given and given["feedback"] is not None:
+        given["feedback"] = given["feedback"].t().contiguous()  # [classes, in] is the op's own form
+    return tuple(given[argument.name] for argument in op.default._schema.arguments)
 
 
-def _layer_samples(family: Callable[..., LayerCase], op: str) -> list[tuple[Any, ...]]:
-    if op == "grad":
-        return [grad_arguments(family(), False), grad_arguments(family(bias=False), True)]
+def step_arguments(op: Any, case: LayerCase, rule: bk.SGD | bk.Adam) -> tuple[Any, ...]:
+    """What a ``*_step`` op gets."""
+    named = dict(zip(UPDATE, rule.args(), strict=True))
+    for name, state in vars(rule.new_state(case.weight, case.bias)).items():
+        named |= {f"{name}_{field}": tensor for field, tensor in vars(state).items()}
+    return _arguments(op, case, named)
+
+
+def grad_arguments(op: Any, case: LayerCase, accumulate: bool) -> tuple[Any, ...]:
+    """What a ``*_grad`` op gets."""
+    bias = None if case.bias is None else torch.ones_like(case.bias)
+    named = {"grad_weight": torch.ones_like(case.weight), "grad_bias": bias}
+    return _arguments(op, case, {**named, "accumulate": accumulate})
+
+
+def _layer_samples(family: Callable[..., LayerCase], name: str) -> list[tuple[Any, ...]]:
+    op = getattr(torch.ops.bpfree, name)
+    if name.endswith("grad"):
+        return [grad_arguments(op, family(), False), grad_arguments(op, family(bias=False), True)]
     rate = torch.tensor(0.1)
     return [
-        step_arguments(family(), bk.SGD(0.1)),
-        step_arguments(family(bias=False), bk.SGD(rate, momentum=0.9, nesterov=True)),
-        step_arguments(family(dtype=torch.float64), bk.AdamW(rate)),
+        step_arguments(op, family(), bk.SGD(0.1)),
+        step_arguments(op, family(bias=False), bk.SGD(rate, momentum=0.9, nesterov=True)),
+        step_arguments(op, family(dtype=torch.float64), bk.AdamW(rate)),
     ]
+
+
+def _pepita_samples(name: str) -> list[tuple[Any, ...]]:
+    def later(**options: Any) -> LayerCase:
+        return pepita_case(feedback=False, mask=False, activation="hardtanh", **options)
+
+    return [*_layer_samples(pepita_case, name), *_layer_samples(later, name)[:1]]
+
+
+def _forward_samples() -> list[tuple[Any, ...]]:
+    t = drtp_case(dtype=torch.float64).tensors
+    return [
+        (t["x"], t["weight"], t["bias"], "tanh", 0.0),
+        (t["x"], t["weight"], None, "hardtanh", 0.5),
+        (t["x"][:0], t["weight"], None, "relu", 0.0),
+    ]
+
+
+def _classifier_samples() -> list[tuple[Any, ...]]:
+    x, weight, bias, labels = classifier_case().tensors.values()
+    return [(x, weight, bias, labels, "ce"), (x[:0], weight, None, labels[:0].int(), "mse")]
+
+
+def _difference_samples() -> list[tuple[Any, ...]]:
+    z, basis = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 4, 4)
+    error = torch.randn(2, 5)
+    return [(z, error, basis, "relu", 0.0), (z, basis[:2], None, "leaky_relu", 0.5)]
 
 
 def _signal_samples() -> list[tuple[Any, ...]]:
@@ -91,10 +117,17 @@ def _update_samples() -> list[tuple[Any, ...]]:
 SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "apply_update": _update_samples,
     "drtp_signal": _signal_samples,
-    "drtp_linear_step": lambda: _layer_samples(drtp_case, "step"),
-    "drtp_linear_grad": lambda: _layer_samples(drtp_case, "grad"),
-    "classifier_step": lambda: _layer_samples(classifier_case, "step"),
-    "classifier_grad": lambda: _layer_samples(classifier_case, "grad"),
+    "drtp_linear_step": lambda: _layer_samples(drtp_case, "drtp_linear_step"),
+    "drtp_linear_grad": lambda: _layer_samples(drtp_case, "drtp_linear_grad"),
+    "classifier_forward": _classifier_samples,
+    "classifier_step": lambda: _layer_samples(classifier_case, "classifier_step"),
+    "classifier_grad": lambda: _layer_samples(classifier_case, "classifier_grad"),
+    "dense_forward": _forward_samples,
+    "dense_step": lambda: _layer_samples(dense_case, "dense_step"),
+    "dense_grad": lambda: _layer_samples(dense_case, "dense_grad"),
+    "pepita_linear_step": lambda: _pepita_samples("pepita_linear_step"),
+    "pepita_linear_grad": lambda: _pepita_samples("pepita_linear_grad"),
+    "pepita_difference": _difference_samples,
 }
 """Arguments for each registered op. An op that is missing here fails `test_every_op_is_tested`."""
 
@@ -141,10 +174,10 @@ def _training_step(family: Any, rule: bk.SGD | bk.Adam) -> tuple[Any, Any, list[
     tensors = [case.weight, case.bias]
     tensors += [t for s in (state.weight, state.bias) for t in (s.m, s.v, s.step) if t is not None]
 
-    def run(x: Tensor, labels: Tensor) -> Any:
-        return case.using(x=x, labels=labels).step_op(
-            *case.using(x=x, labels=labels).tensors.values(), rule, state
-        )
+    names = tuple(case.samples)  # not looked at in a graph, which would depend on what they hold
+
+    def run(*samples: Tensor) -> Any:
+        return case.using(**dict(zip(names, samples, strict=True))).step(rule, state)
 
     return case, run, tensors
 
@@ -163,9 +196,9 @@ def test_compiled_step(family: str, rule: str) -> None:
     case, eager, wanted = _training_step(FAMILIES[family], RULES[rule]())
     _, step, got = _training_step(FAMILIES[family], RULES[rule]())
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    x, labels = case.tensors["x"], case.tensors["labels"]
-    for sign in (1, -1):
-        torch.testing.assert_close(compiled(sign * x, labels), eager(sign * x, labels))
+    first, *others = case.samples.values()
+    for sign in (1, -2):
+        torch.testing.assert_close(compiled(sign * first, *others), eager(sign * first, *others))
     torch.testing.assert_close(got, wanted)
     assert not torch.equal(case.weight, FAMILIES[family]().weight)
 
@@ -204,13 +237,40 @@ def test_compiled_signal_and_update(backend: str | None) -> None:
     torch.testing.assert_close(other, weight)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_compiled_second_pass(backend: str | None) -> None:
+    """PEPITA in one graph: forward, error, second pass, learning, in layers and on a map."""
+
+    def learn(t: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        z, h = bk.dense_forward(t["x"], t["w1"], None, activation="relu", backend=backend)
+        outputs = bk.classifier_forward(h, t["w2"], None, labels, backend=backend)
+        change = bk.pepita_linear_step(
+            z, t["x"], outputs.error, t["w1"], None, bk.SGD(0.1), feedback=t["f"], backend=backend
+        )
+        bk.dense_step(
+            outputs.error, h + change, t["w2"], None, bk.SGD(0.1), scale=1 / 5, backend=backend
+        )
+        mixed = bk.pepita_difference(z, outputs.error, basis=t["f"].t() @ t["w1"].t())
+        return outputs.loss, mixed
+
+    draw = torch.Generator().manual_seed(0)
+    sizes = {"x": (5, 7), "w1": (6, 7), "w2": (3, 6), "f": (7, 3)}
+    tensors = {name: torch.randn(size, generator=draw) for name, size in sizes.items()}
+    others = {name: tensor.clone() for name, tensor in tensors.items()}
+    labels = torch.tensor([2, 0, 1, 1, 2])
+    wanted = learn(tensors, labels)
+    compiled = torch.compile(learn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(others, labels), wanted)
+    torch.testing.assert_close(others, tensors)
+
+
 def test_compiled_by_inductor() -> None:
     """A step and what stands around it, through the default compiler."""
     case, eager, wanted = _training_step(drtp_case, bk.SGD(0.1, momentum=0.9))
     _, step, got = _training_step(drtp_case, bk.SGD(0.1, momentum=0.9))
-    compiled = torch.compile(lambda x, labels: step(x * 2, labels) + 1, fullgraph=True)
+    compiled = torch.compile(lambda x, labels: step(x * 2, labels)[0] + 1, fullgraph=True)
     x, labels = case.tensors["x"], case.tensors["labels"]
-    torch.testing.assert_close(compiled(x, labels), eager(x * 2, labels) + 1)
+    torch.testing.assert_close(compiled(x, labels), eager(x * 2, labels)[0] + 1)
     torch.testing.assert_close(got, wanted)
 
 
@@ -250,7 +310,7 @@ def test_written_tensors_count_as_changed(family: str, target: tuple[str, str]) 
     rule = bk.Adam(0.1)
     state = rule.new_state(case.weight, case.bias)
     written = [case.weight, case.bias, *vars(state.weight).values(), *vars(state.bias).values()]
-    read = [tensor for name, tensor in case.tensors.items() if name not in ("weight", "bias")]
+    read = [t for name, t in case.tensors.items() if name not in ("weight", "bias")]
     before = [[tensor._version for tensor in tensors] for tensors in (written, read)]
     case.step(rule, state, backend)
     after = [[tensor._version for tensor in tensors] for tensors in (written, read)]
@@ -288,8 +348,8 @@ def test_parameters_that_require_gradients(family: str, target: tuple[str, str])
     backend, device = target
     case = FAMILIES[family](device=device)
     weight, bias = nn.Parameter(case.weight.clone()), nn.Parameter(case.bias.clone())
-    inputs = case.tensors["x"].clone().requires_grad_()
-    trained = case.using(weight=weight, bias=bias, x=inputs)
+    inputs = case.tensors[case.input].clone().requires_grad_()
+    trained = case.using(weight=weight, bias=bias, **{case.input: inputs})
     plain_rule = bk.SGD(0.1, momentum=0.9)
     state = plain_rule.new_state(weight, bias)
     results = [*trained.grad(backend), *trained.step(plain_rule, state, backend)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bpfree_kernels as bk
 
-from . import cases, golden, plain
+from . import cases, golden, layouts, plain
 from .cases import RULES, Rule
 from .tolerances import check, to_numpy
 
@@ -94,7 +94,7 @@ def test_empty_parameter(size: tuple[int, ...], rule: str, target: Target) -> No
     assert state.step is None if rule == "sgd" else state.step.item() == STEPS
 
 
-@pytest.mark.parametrize("layout", [*cases.LAYOUTS, "channels_last"])
+@pytest.mark.parametrize("layout", [*layouts.LAYOUTS, "channels_last"])
 @pytest.mark.parametrize("rule", ["momentum", "adam"])
 def test_layouts(rule: str, layout: str, target: Target) -> None:
     """Parameter, gradient and state in any memory layout, mixed; nothing beside them is written."""
@@ -104,11 +104,11 @@ def test_layouts(rule: str, layout: str, target: Target) -> None:
     start = straight.clone()
     state = apply_all(straight, [grad], update, backend)
 
-    def lay(tensor: Tensor) -> cases.Laid:
+    def lay(tensor: Tensor) -> layouts.Laid:
         if layout != "channels_last":
-            return cases.laid_out(tensor, layout)
+            return layouts.laid_out(tensor, layout)
         copy = tensor.to(memory_format=torch.channels_last, copy=True)
-        return cases.Laid(copy, copy)
+        return layouts.Laid(copy, copy)
 
     laid = {"param": lay(start), "m": lay(torch.zeros_like(start))}
     if state.v is not None:

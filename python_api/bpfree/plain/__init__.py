@@ -1,5 +1,6 @@
 """Each rule as ordinary PyTorch writes it: what the kernels are measured and tested against."""
 
 from bpfree.plain.drtp import PlainDRTP
+from bpfree.plain.pepita import PlainPEPITA
 
-__all__ = ["PlainDRTP"]
+__all__ = ["PlainDRTP", "PlainPEPITA"]

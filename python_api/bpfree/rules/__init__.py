@@ -3,6 +3,7 @@
 from bpfree.rules.base import Learner
 from bpfree.rules.bp import BP
 from bpfree.rules.drtp import DRTP
+from bpfree.rules.pepita import PEPITA
 from bpfree.rules.shallow import Shallow
 
-__all__ = ["BP", "DRTP", "Learner", "Shallow"]
+__all__ = ["BP", "DRTP", "PEPITA", "Learner", "Shallow"]

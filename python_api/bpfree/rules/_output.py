@@ -33,7 +33,5 @@ def learn_output(learner: Learner, x: Tensor, y: Tensor, updates: Updates) -> St
         result, of_weight, of_bias = kernels.classifier_grad(
             x, weight, bias, y, loss=learner.loss, backend=learner.backend
         )
-        updates.deliver(weight, of_weight)
-        if bias is not None and of_bias is not None:
-            updates.deliver(bias, of_bias)
+        updates.deliver_layer(layer, of_weight, of_bias)
     return StepResult(result.loss.mean(), result.output)

@@ -42,6 +42,8 @@ class Learner(ABC):
         seed: seed of the rule's own random numbers.
         backend: backend of the ops; ``None`` is the device's default.
         feedback: fixed feedback by layer name, there once it is made; empty for rules without.
+        generators: random generators that learning draws from, by name; their state is part of the
+            learner's.
     """
 
     rule: ClassVar[str]
@@ -84,6 +86,7 @@ class Learner(ABC):
         self.loss = loss
         self.seed = seed
         self.backend = backend
+        self.generators: dict[str, torch.Generator] = {}
         self._feedback: dict[str, Tensor] = {}
         self._updates = (
             None
@@ -118,11 +121,22 @@ class Learner(ABC):
         """The shape of each feedback by its name; ``None`` where the size of the input decides."""
         return {}
 
-    def _prepare(self, shapes: dict[str, tuple[int, ...]]) -> None:  # noqa: B027
+    def _prepare(self, sample: tuple[int, ...]) -> None:
         """Make or check what depends on the input; called before the first batch of a new kind.
 
         Args:
-            shapes: for each layer's name, the shape of its pre-activation, without the batch.
+            sample: shape of one sample, without the batch.
+
+        Raises:
+            ValueError: a sample that the model cannot take.
+        """
+        self.network.trace(sample)
+
+    def _after_step(self, samples: int) -> None:  # noqa: B027
+        """Do what a step does once every parameter has its new value; autograd is off.
+
+        Args:
+            samples: how many samples the batch had.
         """
 
     def _explain_stage(self, stage: Stage) -> str:
@@ -160,6 +174,7 @@ class Learner(ABC):
             updates.begin()
             result = self._learn(x, y, updates)
             updates.finish()
+            self._after_step(x.shape[0])
         return result
 
     def grads(self, x: Tensor, y: Tensor) -> StepResult:
@@ -322,5 +337,5 @@ class Learner(ABC):
         kind = (x.shape[1:], dtype, device)
         if kind != self._last_input:
             checks.floating("x", x)
-            self._prepare(self.network.trace(tuple(x.shape[1:])))
+            self._prepare(tuple(x.shape[1:]))
             self._last_input = kind

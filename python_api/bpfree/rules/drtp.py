@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import bpfree_kernels as kernels
 from bpfree import feedback as random_feedback
-from bpfree.convolution import Convolution
+from bpfree.convolution import convolutions
 from bpfree.optimizers import Updates
 from bpfree.results import StepResult
 from bpfree.rules._output import learn_output
@@ -59,18 +59,14 @@ class DRTP(Learner):
                 does not fit, and for a sample that the model cannot take.
         """
         super().__init__(model, optimizer, loss=loss, seed=seed, backend=backend)
-        self._convolutions = {
-            stage.name: Convolution(stage.layer)
-            for stage in self.network.hidden
-            if isinstance(stage.layer, nn.Conv2d)
-        }
+        self._convolutions = convolutions(self.network.hidden)
         if feedback is not None:
             self.check_feedback(feedback)
             self.take_feedback(feedback)
         dense = [s for s in self.network.hidden if isinstance(s.layer, nn.Linear)]
-        self._prepare({stage.name: (stage.layer.weight.shape[0],) for stage in dense})
+        self._make_feedback({stage.name: (stage.layer.weight.shape[0],) for stage in dense})
         if input_shape is not None:
-            self._prepare(self.network.trace(tuple(input_shape)))
+            self._prepare(tuple(input_shape))
 
     def _feedback_shapes(self) -> dict[str, tuple[int | None, ...]]:
         shapes: dict[str, tuple[int | None, ...]] = {}
@@ -79,7 +75,10 @@ class DRTP(Learner):
             shapes[stage.name] = (self.network.classes, stage.layer.weight.shape[0], *space)
         return shapes
 
-    def _prepare(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def _prepare(self, sample: tuple[int, ...]) -> None:
+        self._make_feedback(self.network.trace(sample))
+
+    def _make_feedback(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Draw the feedback that is missing, check the rest, and put it where its layer is."""
         ready = {}
         for stage in self.network.hidden:
@@ -118,7 +117,7 @@ class DRTP(Learner):
                 x, weight, bias, feedback, y, *fused,
                 activation=stage.activation, slope=stage.slope, backend=self.backend,
             )  # fmt: skip
-        if not (updates.wants(weight) or (bias is not None and updates.wants(bias))):
+        if not updates.wants_any(layer):
             return stage.forward(x)
         if isinstance(layer, nn.Conv2d):
             return self._learn_convolution(stage, x, y, updates)
@@ -126,9 +125,7 @@ class DRTP(Learner):
             x, weight, bias, feedback, y,
             activation=stage.activation, slope=stage.slope, backend=self.backend,
         )  # fmt: skip
-        updates.deliver(weight, of_weight)
-        if bias is not None and of_bias is not None:
-            updates.deliver(bias, of_bias)
+        updates.deliver_layer(layer, of_weight, of_bias)
         return output
 
     def _learn_convolution(self, stage: Stage, x: Tensor, y: Tensor, updates: Updates) -> Tensor:
@@ -145,8 +142,5 @@ class DRTP(Learner):
             weight=updates.wants(weight),
             bias=bias is not None and updates.wants(bias),
         )
-        if of_weight is not None:
-            updates.deliver(weight, of_weight)
-        if bias is not None and of_bias is not None:
-            updates.deliver(bias, of_bias)
+        updates.deliver_layer(stage.layer, of_weight, of_bias)
         return output

@@ -1,0 +1,64 @@
+"""The options of ``bpfree train``, by name: their types, their help, and what they can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bpfree.data import DATASETS
+from bpfree.models import ACTIVATIONS, INITS, MODEL_NAMES
+from bpfree.registry import OPTIMIZERS, RULES
+
+Rule = Annotated[str, typer.Option(help=f"Learning rule: {', '.join(RULES)}.")]
+Model = Annotated[str, typer.Option(help=f"Network: {MODEL_NAMES}.")]
+Data = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with the data set; before $BPFREE_DATA and cache.")
+]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+Lr = Annotated[float | None, typer.Option(min=0, help="Learning rate.", show_default="the rule's")]
+LrDrops = Annotated[
+    str | None,
+    typer.Option(help="Learning rate ×0.1 after these epochs, e.g. 60,90.", show_default="never"),
+]
+Optimizer = Annotated[str, typer.Option(help=f"{', '.join(OPTIMIZERS)}.")]
+Momentum = Annotated[float | None, typer.Option(help="Momentum of sgd.", min=0)]
+WeightDecay = Annotated[
+    float | None, typer.Option(min=0, help="Weight decay.", show_default="torch's")
+]
+Loss = Annotated[
+    str | None, typer.Option(help="Output layer: bce, ce or mse.", show_default="the rule's")
+]
+Activation = Annotated[str, typer.Option(help=f"Hidden activation: {', '.join(ACTIVATIONS)}.")]
+Dropout = Annotated[
+    float, typer.Option(help="Share of the inputs of every fully connected layer to drop.")
+]
+InputDropout = Annotated[bool, typer.Option(help="Whether fc nets also drop pixels.")]
+Bias = Annotated[bool, typer.Option(help="Layers with biases.")]
+Init = Annotated[str, typer.Option(help=f"Initial weights: {', '.join(INITS)} (He uniform).")]
+Standardize = Annotated[
+    bool | None,
+    typer.Option(help="Channels to mean 0, deviation 1.", show_default="for cifar-10 only"),
+]
+Diagnostics = Annotated[
+    bool,
+    typer.Option(
+        "--diagnostics",
+        help="Record the angle between feedback and weights (pepita); draw it and the weights.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of weights, feedback and order.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads on the CPU.", show_default="torch's")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the results.", show_default="runs/RULE-MODEL-DATA-seedSEED"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]

@@ -1,0 +1,88 @@
+"""PEPITA's second pass through a convolution (equations: `bpfree.PEPITA`).
+
+A convolution is linear, so in the first layer both Δz and the gradient split into those of x and of C
+basis images F_c, the columns of F as images. With more samples than classes that is less work than to
+change every sample's image, and x + F e is never stored::
+
+    Δz = Σ_c e_c · conv(F_c)
+    Σ_n grad(x_n + F e_n, Δy_n) = Σ_n grad(x_n, Δy_n) + Σ_c grad(F_c, Σ_n e_nc Δy_n)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+import bpfree_kernels as kernels
+from bpfree.optimizers import Updates
+from bpfree.rules._passes import Kept, Modulation
+
+if TYPE_CHECKING:
+    from bpfree.rules.pepita import PEPITA
+
+
+def change_convolution(learner: PEPITA, kept: Kept, by: Modulation, updates: Updates) -> Tensor:
+    """Change of a convolution's output, behind a dropout that directly follows; it learns on the way.
+
+    Args:
+        learner: the learner.
+        kept: the stage's first pass.
+        by: change of the stage's input.
+        updates: takes the gradients.
+
+    Returns:
+        Δy, [batch, out, height, width].
+    """
+    stage, convolution = kept.stage, learner.convolutions[kept.stage.name]
+    images = None
+    if by.feedback is not None and by.change.shape[0] > by.change.shape[1]:
+        images = by.feedback.t().view(-1, *kept.x.shape[1:])
+        change, basis = by.change, convolution.linear(convolution.pad(images))
+    else:
+        by = by.written_out(kept.x)
+        change, basis = convolution.linear(convolution.pad(by.change)), None
+    changed = kernels.pepita_difference(
+        kept.z, change, basis=basis,
+        activation=stage.activation, slope=stage.slope, backend=learner.backend,
+    )  # fmt: skip
+    if kept.mask is not None:
+        changed = changed * kept.mask
+    if updates.wants_any(stage.layer):
+        _learn(learner, kept, by, images, changed, updates)
+    return changed
+
+
+def _learn(
+    learner: PEPITA,
+    kept: Kept,
+    by: Modulation,
+    images: Tensor | None,
+    changed: Tensor,
+    updates: Updates,
+) -> None:
+    """∂W = −Σ Δy · patch(pre) / (N·P), ∂b = −Σ Δy / (N·P); `images` are the F_c, if they are used."""
+    layer, convolution = kept.stage.layer, learner.convolutions[kept.stage.name]
+    modulated = learner.presynaptic == "modulated"
+    pre = by.of(kept.x) if modulated and images is None else kept.x
+    of_weight, of_bias = convolution.gradients(
+        convolution.pad(pre),
+        changed,
+        weight=updates.wants(layer.weight),
+        bias=layer.bias is not None and updates.wants(layer.bias),
+    )
+    if of_weight is not None and modulated and images is not None:
+        mixed = (by.change.t() @ changed.flatten(1)).view(-1, *changed.shape[1:])
+        of_images, _ = convolution.gradients(
+            convolution.pad(images), mixed, weight=True, bias=False
+        )
+        of_weight = of_weight if of_images is None else of_weight + of_images
+    positions = changed.shape[2] * changed.shape[3]
+    divisor = {"mean": positions, "sqrt": math.sqrt(positions), "sum": 1}[learner.space]
+    scale = -1 / (changed.shape[0] * divisor)
+    updates.deliver_layer(
+        layer,
+        None if of_weight is None else of_weight * scale,
+        None if of_bias is None else of_bias * scale,
+    )
