@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bpfree_kernels.reference.classifier import gradient_scale
-from bpfree_kernels.triton.dense import forward_blocks, learn, linear_tile
+from bpfree_kernels.triton.dense import learn, linear, linear_tile
 from bpfree_kernels.triton.labels import load_labels
 from bpfree_kernels.triton.launch import Blocks, launch, on_matrix_units, products, sizes
 from bpfree_kernels.triton.optimizers import Learning, keep_gradients, learn_in_place
@@ -96,26 +96,6 @@ def few_classes_kernel(
     tl.store(loss_ptr + samples, loss, mask=has_sample)
 
 
-@triton.jit(do_not_specialize=["batch", "classes", "inputs"])
-def logits_kernel(
-    x_ptr, weight_ptr, bias_ptr, z_ptr, batch, classes, inputs,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    CLASSES_BY: tl.constexpr, INPUTS_BY: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of the logits x Wᵀ + b, kept in float32."""
-    classes *= CLASSES_BY
-    inputs *= INPUTS_BY
-    samples = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    z = linear_tile(
-        x_ptr, weight_ptr, bias_ptr, samples, units, batch, classes, inputs,
-        BLOCK_K, OPERAND, PRECISION,
-    )  # fmt: skip
-    offsets = samples.to(tl.int64)[:, None] * classes + units[None, :]
-    tl.store(z_ptr + offsets, z, mask=(samples < batch)[:, None] & (units < classes)[None, :])
-
-
 @triton.jit(do_not_specialize=["batch", "classes"])
 def row_kernel(
     z_ptr, labels_ptr, y_ptr, error_ptr, loss_ptr, batch, classes,
@@ -156,7 +136,7 @@ def row_kernel(
     tl.store(loss_ptr + sample, loss)
 
 
-def _forward(
+def classifier_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output and error [batch, classes] and loss [batch]."""
@@ -173,13 +153,8 @@ def _forward(
                 **shape, LOSS=loss, **products(x, blocks),
             )  # fmt: skip
             return outputs
-    blocks = forward_blocks(x)
     z = torch.empty_like(y, dtype=torch.float32)
-    grid = (triton.cdiv(batch, blocks.BLOCK_N), triton.cdiv(classes, blocks.BLOCK_H))
-    launch(
-        logits_kernel, grid, x, weight, bias, z, on=x,
-        **shape, **products(x, blocks),
-    )  # fmt: skip
+    linear(x, weight, bias, z)
     launch(
         row_kernel, (batch,), z, labels, *outputs, batch, on=x,
         **sizes(classes=classes), LOSS=loss, BLOCK=ROW_BLOCK, num_warps=4,
@@ -190,7 +165,7 @@ def _forward(
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: str, learning: Learning
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _forward(x, weight, bias, labels, loss)
+    outputs = classifier_forward(x, weight, bias, labels, loss)
     learn(outputs[1], x, gradient_scale(loss, *outputs[0].shape), learning)
     return outputs
 

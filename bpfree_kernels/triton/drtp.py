@@ -16,35 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from bpfree_kernels.triton.activations import activate
-from bpfree_kernels.triton.dense import forward_blocks, learn, linear_tile
-from bpfree_kernels.triton.labels import gather_rows, load_labels
-from bpfree_kernels.triton.launch import Blocks, launch, on_matrix_units, products, sizes
-from bpfree_kernels.triton.optimizers import (
-    Learning,
-    keep_gradients,
-    learn_in_place,
-    prepare,
-    write,
+from bpfree_kernels.triton.dense import (
+    forward_blocks,
+    learn,
+    linear_tile,
+    step_blocks,
+    update_rows,
 )
-
-STEP_BLOCKS = {
-    # On matrix units? Then by the batch that a block holds and by rows of a program: 16 rows keep the
-    # processors of a large GPU busy with 1000 units; more units allow 32, which read x half as often.
-    True: (
-        Blocks(32, 16, 64, 8, 3), Blocks(64, 16, 64, 8, 3), Blocks(128, 16, 32, 8, 3),
-        Blocks(32, 32, 32, 8, 3), Blocks(64, 32, 32, 8, 3), Blocks(128, 32, 32, 8, 3),
-    ),
-    False: (
-        Blocks(32, 16, 64, 8, 3), Blocks(64, 16, 32, 8, 2), Blocks(128, 16, 32, 16, 2),
-        Blocks(32, 32, 32, 8, 3), Blocks(64, 32, 32, 8, 3), Blocks(128, 32, 32, 8, 2),
-    ),
-}  # fmt: skip
-"""Tiles of the step in one launch."""
+from bpfree_kernels.triton.labels import gather_rows, load_labels
+from bpfree_kernels.triton.launch import launch, products, sizes
+from bpfree_kernels.triton.optimizers import Learning, keep_gradients, learn_in_place
 
 SIGNAL_BLOCKS = {"vectors": (16, 64), "maps": (1, 1024)}
 """Tiles (samples, elements of a sample) of `drtp_signal`."""
-
-_MANY_UNITS = 2048
 
 
 @triton.jit
@@ -83,23 +67,10 @@ def step_kernel(
         x_ptr, weight_ptr, bias_ptr, feedback_ptr, labels_ptr, y_ptr, slope, samples, units,
         batch, classes, outputs, inputs, ACTIVATION, BLOCK_K, OPERAND, PRECISION,
     )  # fmt: skip
-    has_unit = units < outputs
-    if bias.data is not None:
-        scalars = prepare(bias, rule, EPILOGUE)
-        write(bias, rule, scalars, units, has_unit, tl.sum(post, 0), EPILOGUE)
-    scalars = prepare(weight, rule, EPILOGUE)
-    signal = tl.trans(post.to(OPERAND))
-    has_sample = (samples < batch)[:, None]
-    x_rows = x_ptr + samples.to(tl.int64)[:, None] * inputs
-    rows = units.to(tl.int64)[:, None] * inputs
-    # Asked for by name, the pipeline fetches the next weights and moments ahead, not only the next x.
-    for start in tl.range(0, inputs, BLOCK_K, num_stages=num_stages):
-        columns = (start + tl.arange(0, BLOCK_K))[None, :]
-        has_column = columns < inputs
-        x = tl.load(x_rows + columns, mask=has_sample & has_column, other=0.0)
-        gradient = tl.dot(signal, x.to(OPERAND), input_precision=PRECISION)
-        mask = has_unit[:, None] & has_column
-        write(weight, rule, scalars, rows + columns, mask, gradient, EPILOGUE)
+    update_rows(
+        post, 1.0, x_ptr, weight, bias, rule, samples, units, batch, outputs, inputs,
+        EPILOGUE, BLOCK_K, OPERAND, PRECISION, num_stages,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["batch", "outputs", "inputs", "classes"])
@@ -140,17 +111,6 @@ def signal_kernel(
     labels = load_labels(labels_ptr, samples, batch, classes)
     post = gather_rows(feedback_ptr, labels, elements, size) * derivative
     tl.store(post_ptr + offsets, post, mask=mask)
-
-
-def step_blocks(x: Tensor, outputs: int) -> Blocks | None:
-    """Tiles of the step in one launch; ``None`` for a batch that is too large for that."""
-    rows = 32 if outputs > _MANY_UNITS else 16
-    fitting = (
-        blocks
-        for blocks in STEP_BLOCKS[on_matrix_units(x)]
-        if rows == blocks.BLOCK_H and x.shape[0] <= blocks.BLOCK_N
-    )
-    return next(fitting, None)
 
 
 def _run(

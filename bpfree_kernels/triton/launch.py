@@ -30,13 +30,15 @@ class Blocks(NamedTuple):
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: Tensor, **options: Any) -> None:
-    """Run a kernel on the device and the current stream of the tensor `on`.
+    """Run a kernel on the device and the current stream of the tensor `on`, unless its grid is empty.
 
     Raises:
         TypeError: `on` has a dtype that the kernels do not compute in (float64 in the interpreter).
     """
     if on.dtype not in GPU_DTYPES:
         raise TypeError(f"backend 'triton' computes in float32 or less, got {on.dtype}.")
+    if math.prod(grid) == 0:  # an empty batch; a launch of nothing is an error to CUDA
+        return
     with torch.cuda.device_of(on):
         kernel[grid](*args, **options)
 

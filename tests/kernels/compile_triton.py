@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bpfree_kernels.activations import ACTIVATIONS
-from bpfree_kernels.triton import classifier, drtp, update
+from bpfree_kernels.triton import classifier, dense, drtp, pepita, update
 from bpfree_kernels.update import UpdateArgs
 
 TARGETS = {
@@ -89,6 +89,21 @@ def _layer(batch: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[T
     )
 
 
+def _pepita_step(
+    batch: int, inputs: int, outputs: int, classes: int | None, dtype: torch.dtype,
+    activation: str = "tanh", rule: UpdateArgs = ADAM,
+) -> None:  # fmt: skip
+    """A hidden layer of PEPITA; the first one, with a feedback matrix, if `classes` are given."""
+    pre, weight, bias = _layer(batch, inputs, outputs, dtype)
+    z = _new(batch, outputs, dtype=dtype)
+    feedback = None if classes is None else _new(classes, inputs, dtype=dtype)
+    change = pre if classes is None else _new(batch, classes, dtype=dtype)
+    pepita.pepita_linear_step(
+        z, pre, change, feedback, z, weight, bias, activation, 0.5,
+        *rule, *_state(rule, weight, bias),
+    )  # fmt: skip
+
+
 def _every_block(dtype: torch.dtype, odd: int = 0) -> None:
     """Reach every entry of the tables of block sizes, with the heaviest epilogue.
 
@@ -101,6 +116,7 @@ def _every_block(dtype: torch.dtype, odd: int = 0) -> None:
                 x, weight, bias, _new(10, outputs, dtype=dtype), _labels(batch), "tanh", 0.0,
                 *ADAM, *_state(ADAM, weight, bias),
             )  # fmt: skip
+            _pepita_step(batch, 784 + odd, outputs, 10 if outputs < 2048 else None, dtype)
     for classes in (10 + odd, 100 + odd, 1000 + odd):
         x, weight, bias = _layer(100, 1000 + odd, classes, dtype)
         state = _state(ADAM, weight, bias)
@@ -108,7 +124,25 @@ def _every_block(dtype: torch.dtype, odd: int = 0) -> None:
     for size in (100 + odd, 5000 + odd):
         z, feedback = _new(60, size, dtype=dtype), _new(10, size, dtype=dtype)
         drtp.drtp_signal(z, feedback, _labels(60), "tanh", 0.0)
+    pepita.pepita_difference(z, _new(60, 10, dtype=dtype), feedback, "tanh", 0.0)
+    dense.dense_forward(*_layer(100, 784 + odd, 1000 + odd, dtype), "tanh", 0.0)
     update.apply_update(weight, weight, *ADAM, *_state(ADAM, weight))
+
+
+def _every_way(dtype: torch.dtype, odd: int = 0) -> None:
+    """Reach PEPITA's kernels with all tiles and numbers of classes: minutes, for changes of a table."""
+    for batch in (32, 64, 128, 300):
+        for outputs in (1000 + odd, 4096 + odd):
+            for classes in (None, 10, 30, 60):
+                for rule in (ADAM, RULES[1]):
+                    for activation in ("tanh", "relu"):
+                        _pepita_step(batch, 784 + odd, outputs, classes, dtype, activation, rule)
+    for activation in ACTIVATIONS:
+        for size in (100 + odd, 5000 + odd):
+            z, basis = _new(60, size, dtype=dtype), _new(10, size, dtype=dtype)
+            pepita.pepita_difference(z, z, None, activation, 0.5)
+            pepita.pepita_difference(z, _new(60, 10, dtype=dtype), basis, activation, 0.5)
+        dense.dense_forward(*_layer(60, 784 + odd, 1000 + odd, dtype), activation, 0.5)
 
 
 def _every_branch(dtype: torch.dtype) -> None:
@@ -116,6 +150,7 @@ def _every_branch(dtype: torch.dtype) -> None:
     z, feedback = _new(60, 100, dtype=dtype), _new(10, 100, dtype=dtype)
     for activation in ACTIVATIONS:
         drtp.drtp_signal(z, feedback, _labels(60), activation, 0.5)
+        pepita.pepita_difference(z, z, None, activation, 0.5)
     x, weight, bias = _layer(60, 784, 100, dtype)
     for rule in RULES:
         state = _state(rule, weight, bias)
@@ -134,6 +169,9 @@ def _every_branch(dtype: torch.dtype) -> None:
         x, weight, bias = _layer(batch, 1, 1, dtype)
         feedback, labels = _new(1, 1, dtype=dtype), _labels(batch)
         drtp.drtp_linear_grad(x, weight, None, feedback, labels, "sign", 0.0, weight, None, False)
+        for rows in (None, feedback):
+            pepita.pepita_linear_grad(x, x, x, rows, None, weight, "relu", 0.0, weight, bias, True)
+        dense.dense_forward(x, weight, None, "identity", 0.0)
     classifier.classifier_grad(x, weight, bias, labels, "ce", weight, bias, True)
 
 
@@ -141,6 +179,8 @@ WORK: dict[str, Callable[[torch.dtype], None]] = {
     "blocks": _every_block,
     "odd": functools.partial(_every_block, odd=1),
     "branches": _every_branch,
+    "ways": _every_way,
+    "odd_ways": functools.partial(_every_way, odd=1),
 }
 
 

@@ -1,4 +1,7 @@
-"""What only a GPU can show: graphs, streams, no waiting for the device. Skipped where there is none."""
+"""What only a GPU can show: graphs, streams, no waiting for the device, compiled kernels at full size.
+
+Skipped where there is none.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import bpfree
 import bpfree_kernels as bk
 from bpfree_kernels import backends
 from bpfree_kernels.examples import EXAMPLES, example_args
+
+from . import cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,6 +81,49 @@ def test_side_stream(name: str) -> None:
 
 def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _calls(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[tuple[str, list[Any]]]:
+    """Names and arguments of the ops of a dense layer and of PEPITA, each with tensors of its own."""
+    batch, inputs, outputs, classes = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size, generator=generator)).to("cuda", dtype)
+
+    x, z, mask = normal(batch, inputs), normal(batch, outputs), normal(batch, outputs)
+    weight, bias = normal(outputs, inputs, scale=inputs**-0.5), normal(outputs)
+    grads = [normal(outputs, inputs, scale=0.1), normal(outputs, scale=0.1), True]
+    rule = bk.SGD(0.5, momentum=0.9)
+    update = [*rule.args(), grads[0], None, None, grads[1], None, None]
+    labels = torch.arange(batch, device="cuda") % outputs
+    yield "dense_forward", [x, weight, bias, "tanh", 0.0]
+    yield "dense_step", [z, x, weight, bias, 1 / batch, *update]
+    yield "dense_grad", [z, x, 1 / batch, *grads]
+    yield "classifier_forward", [x, weight, bias, labels, "ce"]
+    error, feedback = normal(batch, classes), normal(classes, inputs, scale=0.1)
+    for change, rows in ((normal(batch, inputs), None), (error, feedback)):
+        read = [z, x, change, rows, mask, weight]
+        yield "pepita_linear_step", [*read, bias, "tanh", 0.0, *update]
+        yield "pepita_linear_grad", [*read, "tanh", 0.0, *grads]
+    yield "pepita_difference", [z, mask, None, "tanh", 0.0]
+    yield "pepita_difference", [z, error, normal(classes, outputs), "tanh", 0.0]
+
+
+@pytest.mark.parametrize("kind", bk.checks.GPU_DTYPES, ids=str)
+@pytest.mark.parametrize("layer", [*cases.SHAPES, (100, 500, 3000, 100)], ids=str)
+def test_every_tile(layer: tuple[int, int, int, int], kind: torch.dtype) -> None:
+    """Every tile of the compiled kernels, against the reference in float64 on the same numbers."""
+    bound = (32 if kind == torch.float32 else 4) * torch.finfo(kind).eps
+    for name, args in _calls(layer, kind):
+        mine = [value.clone() if isinstance(value, Tensor) else value for value in args]
+        wide = [value.double() if _is_float(value) else value for value in args]
+        got = _tensors(backends.body(name, "cuda", "triton")(*mine), tuple(mine))
+        wanted = _tensors(backends.body(name, "cuda", "reference")(*wide), tuple(wide))
+        for value, exact in zip(got, wanted, strict=True):
+            assert value.dtype in (kind, torch.int64)
+            largest = exact.abs().max().clamp_min(torch.finfo(kind).tiny)
+            assert (value - exact).abs().max() <= bound * largest, name
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

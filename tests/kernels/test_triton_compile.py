@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("triton")
 
 from bpfree_kernels.triton.classifier import FEW_CLASSES_BLOCKS
-from bpfree_kernels.triton.dense import FORWARD_BLOCKS, UPDATE_BLOCKS
-from bpfree_kernels.triton.drtp import SIGNAL_BLOCKS, STEP_BLOCKS
+from bpfree_kernels.triton.dense import FORWARD_BLOCKS, STEP_BLOCKS, UPDATE_BLOCKS
+from bpfree_kernels.triton.drtp import SIGNAL_BLOCKS
+from bpfree_kernels.triton.pepita import DIFFERENCE_BLOCKS
 
 WORK = {
     "sm_80": ["blocks:float32", "blocks:tf32"],
@@ -32,7 +33,8 @@ SHARED_MEMORY = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 """KiB that one block may use on A100, H100, B200 and MI300."""
 
 DOT_KERNELS = {
-    "step_kernel", "forward_kernel", "update_kernel", "few_classes_kernel", "logits_kernel",
+    "step_kernel", "forward_kernel", "update_kernel", "few_classes_kernel", "linear_kernel",
+    "change_and_learn_kernel", "change_kernel", "difference_kernel",
 }  # fmt: skip
 
 Launch = dict[str, Any]
@@ -88,17 +90,19 @@ def test_every_block_size_was_compiled(gpu: str, launches: list[Launch]) -> None
     used = {(launch["kernel"], _blocks(launch)) for launch in launches}
     units = (True,) if gpu == "gfx942" else (True, False)
     wanted = {("signal_kernel", blocks) for blocks in SIGNAL_BLOCKS.values()}
+    wanted.add(("difference_kernel", DIFFERENCE_BLOCKS[:3]))
     for on_matrix_units in units:
-        wanted |= {("step_kernel", blocks[:3]) for blocks in STEP_BLOCKS[on_matrix_units]}
+        for kernel in ("step_kernel", "change_and_learn_kernel"):
+            wanted |= {(kernel, blocks[:3]) for blocks in STEP_BLOCKS[on_matrix_units]}
         wanted |= {
             ("few_classes_kernel", blocks[:3]) for blocks in FEW_CLASSES_BLOCKS[on_matrix_units]
         }
-        for kernel in ("forward_kernel", "logits_kernel"):
+        for kernel in ("forward_kernel", "linear_kernel", "change_kernel"):
             wanted.add((kernel, FORWARD_BLOCKS[on_matrix_units][:3]))
     wanted |= {
         ("update_kernel", blocks[:3])
-        for (_, size), blocks in UPDATE_BLOCKS.items()
-        if size == 4 or gpu != "sm_80"  # where the 16-bit kernels are not compiled
+        for (_, narrow), blocks in UPDATE_BLOCKS.items()
+        if not narrow or gpu != "sm_80"  # where the 16-bit kernels are not compiled
     }
     assert wanted <= used
 
