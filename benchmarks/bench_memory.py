@@ -50,7 +50,6 @@ def peak_extra(rule: str, depth: int) -> int:
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "0",
-        "BPFREE_CPU_CACHE_MB": "0",
     }
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE, *arguments],

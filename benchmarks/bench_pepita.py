@@ -16,7 +16,7 @@ from pepita_formulations import (
     bare_products,
     difference_form,
     needed_operations,
-    per_position_update,
+    update_by_position,
 )
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
@@ -165,7 +165,7 @@ def test_convolutional_step(
         "ours": lambda: learner.step(x, labels),
         "needed torch operations": needed_operations(net(), feedback, x),
         "literal two passes": lambda: plain.step(x, labels),
-        "update by position": per_position_update(net(), feedback, x),
+        "update by position": update_by_position(net(), feedback, x),
         "backprop step": backprop_step(other, _sgd(other), x, labels, "ce"),
     }
     name = f"pepita conv 32@5x5 on {channels}x{size}x{size} batch {batch} {device}"

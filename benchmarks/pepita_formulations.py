@@ -98,8 +98,11 @@ def needed_operations(model: nn.Sequential, feedback: Tensor, x: Tensor) -> Call
     return step
 
 
-def per_position_update(model: nn.Sequential, feedback: Tensor, x: Tensor) -> Callable[[], None]:
-    """The convolution's update as the authors' code forms it: a product for each output position."""
+def update_by_position(model: nn.Sequential, feedback: Tensor, x: Tensor) -> Callable[[], None]:
+    """The convolution's update as the authors' code forms it: a loop over the output's positions.
+
+    At each, the products of every sample's difference and patch, averaged over the batch.
+    """
     convolution, _ = _convolution(model)
     weight = convolution.weight.detach()
     error = torch.rand(len(x), feedback.shape[1], device=x.device, dtype=x.dtype)
@@ -112,8 +115,8 @@ def per_position_update(model: nn.Sequential, feedback: Tensor, x: Tensor) -> Ca
         height, width = change.shape[2:]
         for i in range(height):
             for j in range(width):
-                patch = perturbed[:, :, i : i + kernel, j : j + kernel].flatten(1)
-                total += (change[:, :, i, j].t() @ patch).view_as(weight)
-        weight.sub_(total, alpha=1e-9 / (len(x) * height * width))
+                patch = perturbed[:, None, :, i : i + kernel, j : j + kernel]
+                total += (change[:, :, i, j, None, None, None] * patch).mean(0)
+        weight.sub_(total, alpha=1e-9 / (height * width))
 
     return step

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bpfree_kernels import backends, checks
 from bpfree_kernels.activations import resolve_activation
-from bpfree_kernels.ops._define import LAYER_UPDATE_SCHEMA, define
+from bpfree_kernels.ops._define import LAYER_UPDATE_SCHEMA, MapOrder, define
 from bpfree_kernels.ops._layer import LayerGradients, LayerUpdate, check_dense
 from bpfree_kernels.reference import drtp as reference
 from bpfree_kernels.update import LayerState, UpdateRule
@@ -172,7 +172,7 @@ def drtp_signal(
         activation, slope, backend: as in `drtp_linear_step`.
 
     Returns:
-        The output f(z) and the signal B[label] ⊙ f′(z), both shaped like z.
+        The output f(z) and the signal B[label] ⊙ f′(z), both shaped like z (channels last if z is).
 
     Raises:
         IndexError, TypeError, ValueError, RuntimeError: as `drtp_linear_step`.
@@ -184,10 +184,9 @@ def drtp_signal(
     _check_feedback(feedback, tuple(z.shape[1:]), "[classes, *z.shape[1:]]", "z", z)
     checks.labels(labels, z.shape[0], feedback.shape[0], z.device)
     body = backends.body("drtp_signal", z.device.type, backend)
-    return cast(
-        tuple[Tensor, Tensor],
-        body(z.contiguous(), feedback.contiguous(), labels.contiguous(), activation, slope),
-    )
+    order = MapOrder(z)
+    y, signal = body(*order.enter(z, feedback, labels), activation, slope)
+    return order.leave(y), order.leave(signal)
 
 
 def _check_feedback(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bpfree_kernels import backends, checks
 from bpfree_kernels.activations import resolve_activation
-from bpfree_kernels.ops._define import LAYER_UPDATE_SCHEMA, contiguous, define
+from bpfree_kernels.ops._define import LAYER_UPDATE_SCHEMA, MapOrder, contiguous, define
 from bpfree_kernels.ops._layer import LayerGradients, LayerUpdate, check_dense
 from bpfree_kernels.reference import pepita as reference
 from bpfree_kernels.update import LayerState, UpdateRule
@@ -189,7 +189,7 @@ def pepita_difference(
         backend: ``"cpp"``, ``"triton"`` or ``"reference"`` instead of the device's default.
 
     Returns:
-        The change of the output, shaped like `z`.
+        The change of the output, shaped like `z` (channels last if z is).
 
     Raises:
         TypeError: an unsupported dtype, or dtypes that differ.
@@ -210,7 +210,8 @@ def pepita_difference(
         checks.same_kind("basis", basis, "z", z)
     name, parameter = resolve_activation(activation, slope)
     body = backends.body("pepita_difference", z.device.type, backend)
-    return cast(Tensor, body(*contiguous((z, change, basis)), name, parameter))
+    order = MapOrder(z)
+    return order.leave(body(*order.enter(z, change, basis), name, parameter))
 
 
 def _read(

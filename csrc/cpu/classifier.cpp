@@ -47,29 +47,30 @@ std::tuple<Tensor, Tensor, Tensor> learn(const Tensor& x, const Tensor& weight,
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> classifier_forward(Tensor x, Tensor weight, MaybeTensor bias,
-                                                      Tensor labels, std::string loss) {
+                                                      Tensor labels, StringHandle loss) {
+  const std::string name = take_string(loss);
   return with_dtype(x, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
-    const Outputs to = forward<T>(x, weight, bias, labels, loss, nullptr);
+    const Outputs to = forward<T>(x, weight, bias, labels, name, nullptr);
     return {to.output, to.error, to.loss};
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> classifier_step(
-    Tensor x, Tensor weight, MaybeTensor bias, Tensor labels, std::string loss,
-    std::string optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
+    Tensor x, Tensor weight, MaybeTensor bias, Tensor labels, StringHandle loss,
+    StringHandle optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
     bool nesterov, MaybeTensor lr_tensor, MaybeTensor weight_m, MaybeTensor weight_v,
     MaybeTensor weight_step, MaybeTensor bias_m, MaybeTensor bias_v, MaybeTensor bias_step) {
-  const RuleArgs rule(optimizer, lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
-  return learn(x, weight, bias, labels, loss, [&]<class T>() {
+  const RuleArgs rule(take_string(optimizer), lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
+  return learn(x, weight, bias, labels, take_string(loss), [&]<class T>() {
     return rule.layer<T>(weight, bias, weight_m, weight_v, weight_step, bias_m, bias_v, bias_step);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> classifier_grad(Tensor x, Tensor weight, MaybeTensor bias,
-                                                   Tensor labels, std::string loss,
+                                                   Tensor labels, StringHandle loss,
                                                    Tensor grad_weight, MaybeTensor grad_bias,
                                                    bool accumulate) {
-  return learn(x, weight, bias, labels, loss, [&]<class T>() {
+  return learn(x, weight, bias, labels, take_string(loss), [&]<class T>() {
     return layer_gradients<T>(grad_weight, grad_bias, accumulate);
   });
 }

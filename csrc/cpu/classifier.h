@@ -5,16 +5,16 @@
 namespace bpfree::cpu {
 
 std::tuple<Tensor, Tensor, Tensor> classifier_forward(Tensor x, Tensor weight, MaybeTensor bias,
-                                                      Tensor labels, std::string loss);
+                                                      Tensor labels, StringHandle loss);
 
 std::tuple<Tensor, Tensor, Tensor> classifier_step(
-    Tensor x, Tensor weight, MaybeTensor bias, Tensor labels, std::string loss,
-    std::string optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
+    Tensor x, Tensor weight, MaybeTensor bias, Tensor labels, StringHandle loss,
+    StringHandle optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
     bool nesterov, MaybeTensor lr_tensor, MaybeTensor weight_m, MaybeTensor weight_v,
     MaybeTensor weight_step, MaybeTensor bias_m, MaybeTensor bias_v, MaybeTensor bias_step);
 
 std::tuple<Tensor, Tensor, Tensor> classifier_grad(Tensor x, Tensor weight, MaybeTensor bias,
-                                                   Tensor labels, std::string loss,
+                                                   Tensor labels, StringHandle loss,
                                                    Tensor grad_weight, MaybeTensor grad_bias,
                                                    bool accumulate);
 

@@ -24,10 +24,10 @@ void learn(const Tensor& post, const Tensor& pre, double scale, Targets&& target
 }  // namespace
 
 std::tuple<Tensor, Tensor> dense_forward(Tensor x, Tensor weight, MaybeTensor bias,
-                                         std::string activation, double slope) {
+                                         StringHandle activation, double slope) {
   const Tensor z = new_output(x, {x.size(0), weight.size(0)});
   const Tensor output = new_output(x, {x.size(0), weight.size(0)});
-  const Activation kind = parse_activation(activation);
+  const Activation kind = parse_activation(take_string(activation));
   with_dtype(x, [&]<class T>() {
     const int64_t out = weight.size(0);
     dense_forward(x, weight, data<T>(bias), data<T>(z), [&](int64_t begin, int64_t end) {
@@ -39,10 +39,10 @@ std::tuple<Tensor, Tensor> dense_forward(Tensor x, Tensor weight, MaybeTensor bi
 }
 
 void dense_step(
-    Tensor post, Tensor pre, Tensor weight, MaybeTensor bias, double scale, std::string optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
+    Tensor post, Tensor pre, Tensor weight, MaybeTensor bias, double scale, StringHandle optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
     bool nesterov, MaybeTensor lr_tensor, MaybeTensor weight_m, MaybeTensor weight_v,
     MaybeTensor weight_step, MaybeTensor bias_m, MaybeTensor bias_v, MaybeTensor bias_step) {
-  const RuleArgs rule(optimizer, lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
+  const RuleArgs rule(take_string(optimizer), lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
   learn(post, pre, scale, [&]<class T>() {
     return rule.layer<T>(weight, bias, weight_m, weight_v, weight_step, bias_m, bias_v, bias_step);
   });

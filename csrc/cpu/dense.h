@@ -5,10 +5,10 @@
 namespace bpfree::cpu {
 
 std::tuple<Tensor, Tensor> dense_forward(Tensor x, Tensor weight, MaybeTensor bias,
-                                         std::string activation, double slope);
+                                         StringHandle activation, double slope);
 
 void dense_step(
-    Tensor post, Tensor pre, Tensor weight, MaybeTensor bias, double scale, std::string optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
+    Tensor post, Tensor pre, Tensor weight, MaybeTensor bias, double scale, StringHandle optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
     bool nesterov, MaybeTensor lr_tensor, MaybeTensor weight_m, MaybeTensor weight_v,
     MaybeTensor weight_step, MaybeTensor bias_m, MaybeTensor bias_v, MaybeTensor bias_step);
 

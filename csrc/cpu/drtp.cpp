@@ -34,34 +34,34 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
 }  // namespace
 
 Tensor drtp_linear_step(Tensor x, Tensor weight, MaybeTensor bias, Tensor feedback, Tensor labels,
-                        std::string activation, double slope, std::string optimizer, double lr,
+                        StringHandle activation, double slope, StringHandle optimizer, double lr,
                         double beta1, double beta2, double eps, double weight_decay, bool nesterov,
                         MaybeTensor lr_tensor, MaybeTensor weight_m, MaybeTensor weight_v,
                         MaybeTensor weight_step, MaybeTensor bias_m, MaybeTensor bias_v,
                         MaybeTensor bias_step) {
-  const RuleArgs rule(optimizer, lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
-  return linear(x, weight, bias, feedback, labels, activation, slope, [&]<class T>() {
+  const RuleArgs rule(take_string(optimizer), lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
+  return linear(x, weight, bias, feedback, labels, take_string(activation), slope, [&]<class T>() {
     return rule.layer<T>(weight, bias, weight_m, weight_v, weight_step, bias_m, bias_v, bias_step);
   });
 }
 
 Tensor drtp_linear_grad(Tensor x, Tensor weight, MaybeTensor bias, Tensor feedback, Tensor labels,
-                        std::string activation, double slope, Tensor grad_weight,
+                        StringHandle activation, double slope, Tensor grad_weight,
                         MaybeTensor grad_bias, bool accumulate) {
-  return linear(x, weight, bias, feedback, labels, activation, slope, [&]<class T>() {
+  return linear(x, weight, bias, feedback, labels, take_string(activation), slope, [&]<class T>() {
     return layer_gradients<T>(grad_weight, grad_bias, accumulate);
   });
 }
 
 std::tuple<Tensor, Tensor> drtp_signal(Tensor z, Tensor feedback, Tensor labels,
-                                       std::string activation, double slope) {
+                                       StringHandle activation, double slope) {
   const std::vector<int32_t> classes = read_labels(labels, feedback.size(0));
   const Tensor y = new_output(z), signal = new_output(z);
   with_dtype(z, [&]<class T>() {
     const int64_t batch = z.size(0), size = batch ? z.numel() / batch : 0;
     constexpr int64_t kElementsPerTask = 16384;
     const int64_t samples = size ? kElementsPerTask / size + 1 : 1;
-    const Activation kind = parse_activation(activation);
+    const Activation kind = parse_activation(take_string(activation));
     torch::stable::parallel_for(0, batch, samples, [&](int64_t begin, int64_t end) {
       kernels<T>().signal(kind, static_cast<T>(slope), data<T>(z), data<T>(feedback),
                           classes.data(), size, data<T>(y), data<T>(signal), begin, end);

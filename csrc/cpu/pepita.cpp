@@ -77,27 +77,27 @@ Tensor linear(const Tensor& z, const Tensor& pre, const Tensor& change, const Ma
 
 Tensor pepita_linear_step(
     Tensor z, Tensor pre, Tensor change, MaybeTensor feedback, MaybeTensor mask, Tensor weight,
-    MaybeTensor bias, std::string activation, double slope, std::string optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
+    MaybeTensor bias, StringHandle activation, double slope, StringHandle optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
     bool nesterov, MaybeTensor lr_tensor, MaybeTensor weight_m, MaybeTensor weight_v,
     MaybeTensor weight_step, MaybeTensor bias_m, MaybeTensor bias_v, MaybeTensor bias_step) {
-  const RuleArgs rule(optimizer, lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
-  return linear(z, pre, change, feedback, mask, weight, activation, slope, [&]<class T>() {
+  const RuleArgs rule(take_string(optimizer), lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
+  return linear(z, pre, change, feedback, mask, weight, take_string(activation), slope, [&]<class T>() {
     return rule.layer<T>(weight, bias, weight_m, weight_v, weight_step, bias_m, bias_v, bias_step);
   });
 }
 
 Tensor pepita_linear_grad(Tensor z, Tensor pre, Tensor change, MaybeTensor feedback,
-                          MaybeTensor mask, Tensor weight, std::string activation, double slope,
+                          MaybeTensor mask, Tensor weight, StringHandle activation, double slope,
                           Tensor grad_weight, MaybeTensor grad_bias, bool accumulate) {
-  return linear(z, pre, change, feedback, mask, weight, activation, slope, [&]<class T>() {
+  return linear(z, pre, change, feedback, mask, weight, take_string(activation), slope, [&]<class T>() {
     return layer_gradients<T>(grad_weight, grad_bias, accumulate);
   });
 }
 
-Tensor pepita_difference(Tensor z, Tensor change, MaybeTensor basis, std::string activation,
+Tensor pepita_difference(Tensor z, Tensor change, MaybeTensor basis, StringHandle activation,
                          double slope) {
   const Tensor result = new_output(z);
-  const Activation kind = parse_activation(activation);
+  const Activation kind = parse_activation(take_string(activation));
   with_dtype(z, [&]<class T>() {
     if (basis) {
       const int64_t size = z.size(0) ? z.numel() / z.size(0) : 0;

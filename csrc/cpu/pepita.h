@@ -6,15 +6,15 @@ namespace bpfree::cpu {
 
 Tensor pepita_linear_step(
     Tensor z, Tensor pre, Tensor change, MaybeTensor feedback, MaybeTensor mask, Tensor weight,
-    MaybeTensor bias, std::string activation, double slope, std::string optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
+    MaybeTensor bias, StringHandle activation, double slope, StringHandle optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
     bool nesterov, MaybeTensor lr_tensor, MaybeTensor weight_m, MaybeTensor weight_v,
     MaybeTensor weight_step, MaybeTensor bias_m, MaybeTensor bias_v, MaybeTensor bias_step);
 
 Tensor pepita_linear_grad(Tensor z, Tensor pre, Tensor change, MaybeTensor feedback,
-                          MaybeTensor mask, Tensor weight, std::string activation, double slope,
+                          MaybeTensor mask, Tensor weight, StringHandle activation, double slope,
                           Tensor grad_weight, MaybeTensor grad_bias, bool accumulate);
 
-Tensor pepita_difference(Tensor z, Tensor change, MaybeTensor basis, std::string activation,
+Tensor pepita_difference(Tensor z, Tensor change, MaybeTensor basis, StringHandle activation,
                          double slope);
 
 }  // namespace bpfree::cpu

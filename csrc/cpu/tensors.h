@@ -13,12 +13,25 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "memory.h"
 
 namespace bpfree::cpu {
 
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+
+// The string behind an argument of an op, which is freed. (Declared as std::string, an argument goes
+// through a conversion in torch's headers that loses one on the heap at every call.)
+inline std::string take_string(StringHandle handle) {
+  size_t length = 0;
+  const char* text = nullptr;
+  STD_TORCH_CHECK(torch_string_length(handle, &length) == AOTI_TORCH_SUCCESS &&
+                      torch_string_c_str(handle, &text) == AOTI_TORCH_SUCCESS,
+                  "bpfree: a string cannot be read");
+  const std::string result(text, length);
+  STD_TORCH_CHECK(torch_delete_string(handle) == AOTI_TORCH_SUCCESS,
+                  "bpfree: a string cannot be freed");
+  return result;
+}
 
 template <class T>
 T* data(const Tensor& tensor) {
@@ -35,12 +48,14 @@ T* data(const MaybeTensor& tensor) {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : memory_(static_cast<T*>(take_memory(count * sizeof(T)))) {}
+  explicit Scratch(int64_t count)
+      : memory_(static_cast<T*>(::operator new(count * sizeof(T), kAlignment))) {}
   T* get() const { return memory_.get(); }
 
  private:
+  static constexpr std::align_val_t kAlignment{64};
   struct Free {
-    void operator()(T* memory) const { return_memory(memory); }
+    void operator()(T* memory) const { ::operator delete(memory, kAlignment); }
   };
   std::unique_ptr<T, Free> memory_;
 };
@@ -56,16 +71,9 @@ auto with_dtype(const Tensor& tensor, F&& f) {
                                                    : f.template operator()<double>();
 }
 
-// An uninitialised tensor of the dtype of `like`, in memory that is used again (memory.h) if it is large.
+// An uninitialised tensor of the dtype of `like`.
 inline Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
-  int64_t bytes = like.element_size();
-  for (const int64_t size : sizes) bytes *= size;
-  if (bytes < kPooledBytes) return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
-  return torch::stable::from_blob(take_memory(bytes), {sizes.data(), sizes.size()},
-                                  {strides.data(), strides.size()}, like.device(),
-                                  like.scalar_type(), return_memory);
+  return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
 }
 
 inline Tensor new_output(const Tensor& like) {

@@ -3,10 +3,10 @@
 
 namespace bpfree::cpu {
 
-void apply_update(Tensor param, Tensor grad, std::string optimizer, double lr, double beta1,
+void apply_update(Tensor param, Tensor grad, StringHandle optimizer, double lr, double beta1,
                   double beta2, double eps, double weight_decay, bool nesterov,
                   MaybeTensor lr_tensor, MaybeTensor m, MaybeTensor v, MaybeTensor step) {
-  const RuleArgs rule(optimizer, lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
+  const RuleArgs rule(take_string(optimizer), lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
   with_dtype(param, [&]<class T>() {
     const Target<T> target = rule.target<T>(data<T>(param), m, v, step);
     constexpr int64_t kElementsPerTask = 16384;

@@ -4,7 +4,7 @@
 
 namespace bpfree::cpu {
 
-void apply_update(Tensor param, Tensor grad, std::string optimizer, double lr, double beta1,
+void apply_update(Tensor param, Tensor grad, StringHandle optimizer, double lr, double beta1,
                   double beta2, double eps, double weight_decay, bool nesterov,
                   MaybeTensor lr_tensor, MaybeTensor m, MaybeTensor v, MaybeTensor step);
 

@@ -21,6 +21,14 @@ def _pair(value: tuple[int, ...]) -> tuple[int, int]:
     return value[0], value[1]
 
 
+def by_place(maps: Tensor) -> Tensor:
+    """Maps [batch, channels, height, width] as [batch, height·width, channels].
+
+    A view if the channels lie last in memory, else a copy.
+    """
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)
+
+
 class Convolution:
     """The arguments of a `torch.nn.Conv2d`, read once.
 
@@ -44,9 +52,13 @@ class Convolution:
             self._padding = _pair(layer.padding)
 
     def pad(self, x: Tensor) -> Tensor:
-        """The input as `forward` and `gradients` want it, [batch, channels, height, width]."""
+        """The input as `forward` and `gradients` want it, [batch, channels, height, width].
+
+        On the CPU it lies in memory with the channels last: all that follows is faster then.
+        """
         below, right = self._extra
-        return F.pad(x, (0, right, 0, below)) if below or right else x
+        x = F.pad(x, (0, right, 0, below)) if below or right else x
+        return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activation z = W ∗ x + b of a padded input (`pad`)."""

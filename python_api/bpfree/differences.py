@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.convolution import by_place
+
 Way = Callable[[Tensor], Tensor]
 """Takes the change of a module's input to the change of its output."""
 
@@ -92,21 +94,24 @@ def dropout_mask(module: nn.Dropout | nn.Dropout2d, like: Tensor) -> Tensor | No
     """
     if not module.training or module.p == 0:
         return None
-    return module.forward(torch.ones_like(like))
+    # The numbers that torch would draw for a contiguous tensor, whatever the order in memory.
+    if isinstance(module, nn.Dropout):
+        mask = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return mask.bernoulli_(1 - module.p).div_(1 - module.p if module.p < 1 else 1)
+    return module.forward(torch.ones_like(like, memory_format=torch.contiguous_format))
 
 
 def _max_pool(module: nn.MaxPool2d, y: Tensor) -> tuple[Tensor, Way]:
-    """Δpool = Δy[i′] + (y[i′] − y[i]): i where a window's maximum was, i′ where it is now.
+    """Δpool = Δy[i′] + (y[i′] − pool), where i′ is the place of a window's maximum after the change.
 
-    Where it stays, that is Δy itself; where it moves, y[i] and y[i′] are within Δy of each other,
-    and their difference is as exact as they are.
+    Where the maximum stays, that is Δy itself; where it moves, y[i′] and the old maximum are within Δy
+    of each other, and their difference is as exact as they are.
     """
-    pooled, was = _max_pool_with_places(module, y)
+    pooled = _max_pool_with_places(module, y)[0]
 
     def change_of_maximum(change: Tensor) -> Tensor:
         _, now = _max_pool_with_places(module, y + change)
-        moved = torch.where(now == was, 0, _take(y, now) - pooled)
-        return _take(change, now) + moved
+        return _take(change, now) + (_take(y, now) - pooled)
 
     return pooled, change_of_maximum
 
@@ -120,4 +125,8 @@ def _max_pool_with_places(module: nn.MaxPool2d, y: Tensor) -> tuple[Tensor, Tens
 
 def _take(y: Tensor, places: Tensor) -> Tensor:
     """The values at some places of each map, counted within the map."""
-    return y.flatten(2).gather(2, places.flatten(2)).view(places.shape)
+    if y.is_contiguous():
+        return y.flatten(2).gather(2, places.flatten(2)).view(places.shape)
+    height, width = places.shape[2:]
+    taken = by_place(y).gather(1, by_place(places))
+    return taken.view(-1, height, width, taken.shape[2]).permute(0, 3, 1, 2)

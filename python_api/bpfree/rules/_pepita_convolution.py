@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 import bpfree_kernels as kernels
+from bpfree.convolution import by_place
 from bpfree.optimizers import Updates
 from bpfree.rules._passes import Kept, Modulation
 
@@ -73,7 +74,12 @@ def _learn(
         bias=layer.bias is not None and updates.wants(layer.bias),
     )
     if of_weight is not None and modulated and images is not None:
-        mixed = (by.change.t() @ changed.flatten(1)).view(-1, *changed.shape[1:])
+        # in the order of memory, so that nothing is copied
+        rows = by_place(changed)
+        mixed = (by.change.t() @ rows.flatten(1)).unflatten(
+            1, changed.shape[2:] + changed.shape[1:2]
+        )
+        mixed = mixed.permute(0, 3, 1, 2)
         of_images, _ = convolution.gradients(
             convolution.pad(images), mixed, weight=True, bias=False
         )

@@ -274,7 +274,9 @@ class PEPITA(Learner):
                     activation=stage.activation, slope=stage.slope, backend=self.backend,
                 )  # fmt: skip
             mask, rest = differences.leading_dropout(stage.after, h)
-            h, ways = differences.run(rest, h if mask is None else h * mask)
+            if mask is not None:
+                h = h * mask if h is z else h.mul_(mask)
+            h, ways = differences.run(rest, h)
             kept.append(Kept(stage, x, z, mask, ways))
             x = h
         return x, kept
