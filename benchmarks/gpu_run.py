@@ -46,7 +46,8 @@ def main() -> int:
             "-p", "no:cacheprovider", seconds=min(left(), 240),
         ),
         _run(
-            "benchmarks", "pytest", "benchmarks/bench_drtp.py", "-q", "-k", "cuda",
+            "benchmarks", "pytest", "benchmarks/bench_drtp.py", "benchmarks/bench_pepita.py",
+            "-q", "-k", "cuda",
             "--results", str(target), seconds=left(),
         ),
     ]  # fmt: skip
