@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 import bpfree_kernels as kernels
-from bpfree.convolution import by_place
+from bpfree.convolution import by_place, channels_last
 from bpfree.optimizers import Updates
 from bpfree.rules._passes import Kept, Modulation
 
@@ -39,7 +39,7 @@ def change_convolution(learner: PEPITA, kept: Kept, by: Modulation, updates: Upd
     stage, convolution = kept.stage, learner.convolutions[kept.stage.name]
     images = None
     if by.feedback is not None and by.change.shape[0] > by.change.shape[1]:
-        images = by.feedback.t().view(-1, *kept.x.shape[1:])
+        images = channels_last(by.feedback.t().view(-1, *kept.x.shape[1:]))
         change, basis = by.change, convolution.linear(convolution.pad(images))
     else:
         by = by.written_out(kept.x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import bpfree_kernels as kernels
 from bpfree import differences, seeds
 from bpfree import feedback as random_feedback
-from bpfree.convolution import convolutions
+from bpfree.convolution import channels_last, convolutions
 from bpfree.mirroring import WeightMirroring, draw_factors, draw_noise, mirror, projection
 from bpfree.optimizers import Updates
 from bpfree.results import StepResult
@@ -266,6 +266,7 @@ class PEPITA(Learner):
             layer = stage.layer
             if isinstance(layer, nn.Conv2d):
                 convolution = self.convolutions[stage.name]
+                x = channels_last(x)
                 z = convolution.forward(convolution.pad(x))
                 h = stage.activate(z)
             else:
