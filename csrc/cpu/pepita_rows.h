@@ -7,8 +7,8 @@ namespace bpfree::cpu::BPFREE_ISA {
 
 template <class T>
 int64_t pepita_scratch(int64_t batch, int64_t classes) {
-  // the change of z by output row, W F twice, the signal by sample, and the update's ragged columns
-  return kRowBlock * (padded<T>(batch) + padded<T>(classes) + classes) + kSignalStride<T> * batch +
+  // the change of z and W F by output row, the signal by sample, and the update's ragged columns
+  return kRowBlock * (padded<T>(batch) + padded<T>(classes)) + kSignalStride<T> * batch +
          update_block_scratch<T>(batch);
 }
 
