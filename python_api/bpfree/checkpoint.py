@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpfree import _interrupts
 from bpfree.results import EpochResult
 from bpfree.rules.base import Learner
 from bpfree.training import Scheduler
@@ -31,6 +32,8 @@ def save(
 ) -> None:
     """Write a checkpoint; the file appears whole or not at all, and replaces an older one.
 
+    A Ctrl-C that comes meanwhile takes effect when the file is written.
+
     Args:
         path: the file; its directory must exist.
         learner: the learner.
@@ -44,21 +47,22 @@ def save(
         OSError: the file cannot be written.
     """
     _check_loadable("extra", extra)
-    random_state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random_state |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    schedule = None if scheduler is None else scheduler.state_dict()
-    _check_reads_back(schedule)
-    content = {
-        "format": _FORMAT,
-        "epoch": epoch,
-        "learner": learner.state_dict(),
-        "history": [result._asdict() for result in history],
-        "scheduler": schedule,
-        "random_state": random_state,
-        "extra": extra,
-    }
-    _write(Path(path), content)
+    with _interrupts.held_back():
+        random_state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random_state |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+        schedule = None if scheduler is None else scheduler.state_dict()
+        _check_reads_back(schedule)
+        content = {
+            "format": _FORMAT,
+            "epoch": epoch,
+            "learner": learner.state_dict(),
+            "history": [result._asdict() for result in history],
+            "scheduler": schedule,
+            "random_state": random_state,
+            "extra": extra,
+        }
+        _write(Path(path), content)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

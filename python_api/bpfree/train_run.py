@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
-from bpfree import checkpoint, data
+from bpfree import _interrupts, checkpoint, data
 from bpfree._extras import train_extra
 from bpfree.device import pick_device
 from bpfree.metrics import write_metrics
@@ -208,11 +208,12 @@ class TrainRun:
                 self._save(self.history)  # Ctrl-C in the first epoch leaves something, too
 
             def on_epoch(result: EpochResult) -> None:
-                if self._diagnostics is not None:
-                    self._diagnostics.record()
-                self._save([*self.history, result])
-                self.history.append(result)
-                self._write_metrics()
+                with _interrupts.held_back():  # so that the files all tell of the same epoch
+                    if self._diagnostics is not None:
+                        self._diagnostics.record()
+                    self._save([*self.history, result])
+                    self.history.append(result)
+                    self._write_metrics()
                 follower.on_epoch(result)
 
             self.learner.fit(

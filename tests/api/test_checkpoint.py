@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import signal
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -280,3 +282,31 @@ def test_a_scheduler_that_could_not_be_read_back(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="scheduler holds an object"):
         checkpoint.save(tmp_path / "file", learner, epoch=0, scheduler=scheduler)
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_saving_waits_until_the_file_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = torch.save
+
+    def interrupted(content: object, file: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    learner = bpfree.BP(dense())
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "c.pt", learner, epoch=3)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoint.load(tmp_path / "c.pt")["epoch"] == 3
+
+
+def test_saving_works_outside_the_main_thread(tmp_path: Path) -> None:
+    learner = bpfree.BP(dense())
+    thread = threading.Thread(
+        target=checkpoint.save, args=(tmp_path / "c.pt", learner), kwargs={"epoch": 3}
+    )
+    thread.start()
+    thread.join()
+    assert checkpoint.load(tmp_path / "c.pt")["epoch"] == 3
