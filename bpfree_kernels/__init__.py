@@ -18,6 +18,14 @@ from bpfree_kernels.ops.classifier import (
 )
 from bpfree_kernels.ops.dense import DenseOutput, dense_forward, dense_grad, dense_step
 from bpfree_kernels.ops.drtp import drtp_linear_grad, drtp_linear_step, drtp_signal
+from bpfree_kernels.ops.local_conv import (
+    LocalConvOutput,
+    local_conv_feedback,
+    local_conv_forward,
+    local_conv_grad,
+    local_conv_step,
+)
+from bpfree_kernels.ops.local_conv_autograd import local_conv
 from bpfree_kernels.ops.pepita import pepita_difference, pepita_linear_grad, pepita_linear_step
 from bpfree_kernels.ops.update import apply_update
 from bpfree_kernels.update import SGD, Adam, AdamW, LayerState, ParamState
@@ -31,6 +39,7 @@ __all__ = [
     "ClassifierOutput",
     "DenseOutput",
     "LayerState",
+    "LocalConvOutput",
     "ParamState",
     "__version__",
     "apply_update",
@@ -46,6 +55,11 @@ __all__ = [
     "drtp_signal",
     "explain",
     "gradient_scale",
+    "local_conv",
+    "local_conv_feedback",
+    "local_conv_forward",
+    "local_conv_grad",
+    "local_conv_step",
     "pepita_difference",
     "pepita_linear_grad",
     "pepita_linear_step",

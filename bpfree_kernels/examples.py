@@ -116,6 +116,40 @@ def _pepita_difference(make: _Maker) -> tuple[Any, ...]:
     return (z, make.normal(BATCH, CLASSES), basis, "relu", 0.0)
 
 
+def _local_conv(make: _Maker) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """x, weight, bias, signal and geometry: 4 to 6 channels in 2 groups, 5 × 4 maps, stride 2 × 1."""
+    x, weight = make.normal(BATCH, 4, 5, 4), make.normal(3, 3, 3, 2, 2, OUT)
+    return x, weight, make.normal(3, 3, OUT), make.normal(BATCH, OUT, 3, 3), (2, 1, 1, 0, 1, 1, 2)
+
+
+def _local_conv_forward(make: _Maker) -> tuple[Any, ...]:
+    x, weight, bias, _, geometry = _local_conv(make)
+    return (x, weight, bias, "tanh", 0.0, *geometry)
+
+
+def _local_conv_feedback(make: _Maker) -> tuple[Any, ...]:
+    x, weight, _, signal, geometry = _local_conv(make)
+    return (signal, weight, x, "tanh", 0.0, 5, 4, *geometry)
+
+
+def _local_conv_grad(make: _Maker) -> tuple[Any, ...]:
+    x, weight, bias, signal, geometry = _local_conv(make)
+    grads = (torch.zeros_like(weight), torch.zeros_like(bias))
+    return (signal, x, weight > 0, 0.5, *geometry, *grads, False)
+
+
+def _local_conv_step(make: _Maker) -> tuple[Any, ...]:
+    x, weight, bias, signal, geometry = _local_conv(make)
+    feedback = make.normal(*weight.shape)
+    rule = make.adam(weight, bias)
+    of_feedback = Adam().new_param_state(feedback)
+    masks = (weight > 0, feedback > 0)
+    return (
+        signal, x, weight, bias, feedback, *masks, 0.5, *geometry, *rule,
+        of_feedback.m, of_feedback.v, of_feedback.step,
+    )  # fmt: skip
+
+
 def _apply_update(make: _Maker) -> tuple[Any, ...]:
     param, grad = make.normal(OUT, IN), make.normal(OUT, IN)
     rule = Adam(lr=1e-2)
@@ -136,6 +170,10 @@ EXAMPLES: dict[str, Callable[[_Maker], tuple[Any, ...]]] = {
     "pepita_linear_step": _pepita_linear_step,
     "pepita_linear_grad": _pepita_linear_grad,
     "pepita_difference": _pepita_difference,
+    "local_conv_forward": _local_conv_forward,
+    "local_conv_feedback": _local_conv_feedback,
+    "local_conv_grad": _local_conv_grad,
+    "local_conv_step": _local_conv_step,
     "apply_update": _apply_update,
 }
 """Op name → maker of its arguments, in schema order."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from bpfree_kernels import backends
+from bpfree_kernels.maps import map_order
 
-_LIBRARY = torch.library.Library("bpfree", "DEF")
+LIBRARY = torch.library.Library("bpfree", "DEF")
 
 LAYER_UPDATE_SCHEMA = (
     "str optimizer, float lr, float beta1, float beta2, float eps, float weight_decay, "
@@ -43,10 +44,10 @@ def define(
         fake: shapes and dtypes of the outputs, for tracing.
         triton_module: module that holds the Triton body under the same name.
     """
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"bpfree::{name}", fake, lib=_LIBRARY)
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    backends.register_bodies(_LIBRARY, name, reference, triton_module)
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"bpfree::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    backends.register_bodies(LIBRARY, name, reference, triton_module)
 
 
 def contiguous(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
@@ -62,11 +63,7 @@ class MapOrder:
     """
 
     def __init__(self, z: Tensor) -> None:
-        self._channels_last = (
-            z.dim() == 4
-            and not z.is_contiguous()
-            and z.is_contiguous(memory_format=torch.channels_last)
-        )
+        self._channels_last = map_order(z) is torch.channels_last
 
     def enter(self, *tensors: Tensor | None) -> list[Tensor | None]:
         """Contiguous tensors for the body; those of four dimensions are maps."""

@@ -80,53 +80,66 @@ def check_param_state(label: str, param: Tensor, state: ParamState, update: Upda
         checks.scalar(f"{label}.step", step, param.device)
 
 
-_WRITTEN = (
-    "weight", "bias", "state.weight.m", "state.weight.v", "state.bias.m", "state.bias.v",
-    "state.weight.step", "state.bias.step",
-)  # fmt: skip
-
-
 class LayerUpdate:
     """One in-place update of a layer: checked arguments for a body, and what follows the call."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, update: UpdateRule, state: LayerState | None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        update: UpdateRule,
+        state: LayerState | None,
+        **others: tuple[Tensor | None, ParamState | None],
     ) -> None:
         """Check the state against the rule and the parameters (`check_param_state`).
 
-        ``state=None`` is right for a rule without state; without a bias, its state is not read.
+        ``state=None`` is right for a rule without state; a parameter that is ``None`` has none, either.
+
+        Args:
+            weight: updated in place.
+            bias: updated in place, or ``None``.
+            update: the rule of all parameters.
+            state: of weight and bias.
+            others: by name, what the op updates beside them, each with its own state.
         """
         check_update(update, weight.device)
         state = LayerState(ParamState(), ParamState()) if state is None else state
         check_state_type(state, LayerState)
-        bias_state = state.bias if bias is not None else ParamState()
-        check_param_state("state.weight", weight, state.weight, update)
-        if bias is not None:
-            check_param_state("state.bias", bias, bias_state, update)
+        params: dict[str, tuple[Tensor | None, str, ParamState | None]] = {
+            "weight": (weight, "state.weight", state.weight),
+            "bias": (bias, "state.bias", state.bias),
+        }
+        params |= {name: (t, f"{name}_state", of_it) for name, (t, of_it) in others.items()}
         self._rule = update.args()
-        self._states = (state.weight, bias_state)
-        self._written = (
-            weight, bias, state.weight.m, state.weight.v, bias_state.m, bias_state.v,
-        )  # fmt: skip
+        self._params: list[Tensor | None] = []
+        self._states: list[ParamState] = []
+        self._named: dict[str, Tensor | None] = {}
+        for name, (param, label, given) in params.items():
+            kept = ParamState() if given is None or param is None else given
+            if param is not None:
+                check_param_state(label, param, kept, update)
+            self._params.append(param)
+            self._states.append(kept)
+            self._named |= {
+                name: param, f"{label}.m": kept.m, f"{label}.v": kept.v, f"{label}.step": kept.step,
+            }  # fmt: skip
 
     def check_disjoint(self, **read: Tensor | None) -> None:
         """Raise ValueError if something that the update writes shares memory with another tensor."""
-        of_weight, of_bias = self._states
-        written = (*self._written, of_weight.step, of_bias.step)
         read["lr of update"] = self._rule.lr_tensor
-        checks.disjoint(dict(zip(_WRITTEN, written, strict=True)), read)
+        checks.disjoint(self._named, read)
 
     def run(self, body: Callable[..., Any], before: tuple[Any, ...], after: tuple[Any, ...]) -> Any:
-        """Call ``body(*before, weight, bias, *after, update…)``, then count the step."""
-        stand_ins = contiguous(self._written)
-        weight, bias, weight_m, weight_v, bias_m, bias_v = stand_ins
-        of_weight, of_bias = self._states
-        result = body(
-            *before, weight, bias, *after, *self._rule,
-            weight_m, weight_v, of_weight.step, bias_m, bias_v, of_bias.step,
-        )  # fmt: skip
-        wrote(self._written, stand_ins)
-        steps = [state.step for state in self._states if state.step is not None]
+        """Call ``body(*before, *parameters, *after, update…)``, then count the step."""
+        count = len(self._params)
+        written = [*self._params, *(t for kept in self._states for t in (kept.m, kept.v))]
+        stand_ins = contiguous(written)
+        states: list[Tensor | None] = []
+        for i, kept in enumerate(self._states):
+            states += (*stand_ins[count + 2 * i : count + 2 * i + 2], kept.step)
+        result = body(*before, *stand_ins[:count], *after, *self._rule, *states)
+        wrote(written, stand_ins)
+        steps = [kept.step for kept in self._states if kept.step is not None]
         if steps:
             torch._foreach_add_(steps, 1)  # one call, and on a device one launch
         return result

@@ -1,0 +1,119 @@
+"""Where the windows of a convolution lie: stride, padding and dilation, checked and worked out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Pair = tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """How windows lie on a map, as the bodies get it, in schema order.
+
+    The size of the output says how far the windows reach below and to the right; what lies outside the
+    map counts as zero.
+    """
+
+    stride_h: int
+    stride_w: int
+    pad_top: int
+    pad_left: int
+    dilation_h: int
+    dilation_w: int
+    groups: int
+
+
+GEOMETRY_SCHEMA = ", ".join(f"int {field}" for field in Geometry._fields)
+"""`Geometry` in the schema of an op."""
+
+
+def pair(name: str, value: int | Sequence[int], least: int) -> Pair:
+    """An int or a pair of ints (height, width) as a pair, none below `least`.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a value below `least`, or not two values.
+    """
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}.")
+    if len(values) != 2 or min(values) < least:
+        raise ValueError(f"{name} must be one or two ints of at least {least}, got {value!r}.")
+    return values[0], values[1]
+
+
+def split_padding(
+    padding: int | Sequence[int] | str, kernel: Pair, dilation: Pair, stride: Pair
+) -> tuple[Pair, Pair]:
+    """Padding as ((top, bottom), (left, right)).
+
+    ``"valid"`` is none. ``"same"`` keeps the size of the map, and like `torch.nn.Conv2d` takes no stride;
+    where the sum is odd, one more lies below and on the right.
+
+    Raises:
+        TypeError, ValueError: as `pair`; ValueError also for another word, or "same" with a stride.
+    """
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding must be 'same', 'valid', or ints, got {padding!r}.")
+        if padding == "same" and stride != (1, 1):
+            raise ValueError(f"padding 'same' needs stride 1, got stride {stride}.")
+        same = padding == "same"
+        totals = [d * (k - 1) if same else 0 for k, d in zip(kernel, dilation, strict=True)]
+        above, left = (total // 2 for total in totals)
+        return (above, totals[0] - above), (left, totals[1] - left)
+    height, width = pair("padding", padding, 0)
+    return (height, height), (width, width)
+
+
+def output_size(
+    input_size: Sequence[int],
+    kernel: Pair,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Pair:
+    """Height and width of a convolution's output.
+
+    Args:
+        input_size: height and width of the map.
+        kernel: height and width of the window.
+        stride: step between windows.
+        padding: zeros around the map on each side, ``"same"`` or ``"valid"``.
+        dilation: distance of a window's elements.
+
+    Raises:
+        TypeError, ValueError: as `split_padding`; ValueError also for a map smaller than the window.
+    """
+    steps, apart = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    pads = split_padding(padding, kernel, apart, steps)
+    sizes = [
+        (size + sum(pad) - d * (k - 1) - 1) // s + 1
+        for size, pad, k, d, s in zip(input_size, pads, kernel, apart, steps, strict=True)
+    ]
+    if min(sizes) < 1:
+        raise ValueError(
+            f"input size {tuple(input_size)} is smaller than the window: kernel {kernel}, "
+            f"dilation {apart}, padding {padding!r}."
+        )
+    return sizes[0], sizes[1]
+
+
+def geometry(
+    kernel: Pair,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Geometry:
+    """The geometry that the bodies get.
+
+    Raises:
+        TypeError, ValueError: as `split_padding`, and for groups below 1.
+    """
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be an int of at least 1, got {groups!r}.")
+    steps, apart = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    (top, _), (left, _) = split_padding(padding, kernel, apart, steps)
+    return Geometry(*steps, top, left, *apart, groups)
