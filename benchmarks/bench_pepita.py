@@ -164,6 +164,9 @@ def test_convolutional_step(
     sides: dict[str, Step] = {
         "ours": lambda: learner.step(x, labels),
         "needed torch operations": needed_operations(net(), feedback, x),
+        "needed torch operations, channels last": needed_operations(
+            net(), feedback, x.contiguous(memory_format=torch.channels_last)
+        ),
         "literal two passes": lambda: plain.step(x, labels),
         "update by position": update_by_position(net(), feedback, x),
         "backprop step": backprop_step(other, _sgd(other), x, labels, "ce"),

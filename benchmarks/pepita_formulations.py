@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from formulations import linears
 from torch import Tensor, nn
 
+from bpfree_kernels.maps import map_order
+
 
 def difference_form(
     model: nn.Sequential,
@@ -67,11 +69,13 @@ def needed_operations(model: nn.Sequential, feedback: Tensor, x: Tensor) -> Call
     """The torch operations that a step of conv, ReLU, pool 2, FC needs, without bookkeeping.
 
     Two convolutions, the mixture, ReLU's difference, two poolings, two weight gradients, and the dense
-    layer's products and update.
+    layer's products and update. All maps lie as x does; channels last, flattening copies.
     """
     convolution, last = _convolution(model)
-    weight, dense = convolution.weight.detach(), last.weight.detach()
-    images = feedback.t().reshape(-1, *x.shape[1:]).contiguous()
+    order = map_order(x)
+    weight = convolution.weight.detach().contiguous(memory_format=order)
+    dense = last.weight.detach()
+    images = feedback.t().reshape(-1, *x.shape[1:]).contiguous(memory_format=order)
     error = torch.rand(len(x), feedback.shape[1], device=x.device, dtype=x.dtype)
 
     def weight_gradient(inputs: Tensor, signal: Tensor) -> Tensor:

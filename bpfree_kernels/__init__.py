@@ -27,6 +27,7 @@ from bpfree_kernels.ops.local_conv import (
 )
 from bpfree_kernels.ops.local_conv_autograd import local_conv
 from bpfree_kernels.ops.pepita import pepita_difference, pepita_linear_grad, pepita_linear_step
+from bpfree_kernels.ops.pepita_pool import pepita_max_pool
 from bpfree_kernels.ops.update import apply_update
 from bpfree_kernels.update import SGD, Adam, AdamW, LayerState, ParamState
 
@@ -63,5 +64,6 @@ __all__ = [
     "pepita_difference",
     "pepita_linear_grad",
     "pepita_linear_step",
+    "pepita_max_pool",
     "set_label_checks",
 ]

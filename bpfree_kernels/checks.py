@@ -114,20 +114,22 @@ def not_empty(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must hold at least one sample, got {tuple(value.shape)}.")
 
 
-def labels(value: Tensor, batch: int, classes: int, device: torch.device) -> None:
-    """Check class labels: int32 or int64, shape [batch], on `device`, each in [0, classes).
+def labels(
+    value: Tensor, batch: int, classes: int, device: torch.device, *, name: str = "labels"
+) -> None:
+    """Check class labels, called `name`: int32 or int64, [batch], on `device`, in [0, classes).
 
     Raises:
         TypeError: another dtype.
         ValueError: another shape or device.
         IndexError: a label out of range, with its value and position (see `set_label_checks`).
     """
-    tensor("labels", value)
+    tensor(name, value)
     if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be torch.int32 or torch.int64, got {value.dtype}.")
-    shape("labels", value, (batch,), "[batch]")
+        raise TypeError(f"{name} must be torch.int32 or torch.int64, got {value.dtype}.")
+    shape(name, value, (batch,), "[batch]")
     if value.device != device:
-        raise ValueError(f"labels must be on the device of x, {device}, got {value.device}.")
+        raise ValueError(f"{name} must be on the device {device}, got {value.device}.")
     if torch.compiler.is_compiling() or batch == 0:
         return  # a compiled graph cannot branch on values; the bodies are safe without
     if value.device.type == "cpu" or (_check_labels_on_gpu and value.is_cuda):
@@ -135,7 +137,7 @@ def labels(value: Tensor, batch: int, classes: int, device: torch.device) -> Non
         if low.item() < 0 or high.item() >= classes:
             position = int(torch.nonzero((value < 0) | (value >= classes))[0])
             raise IndexError(
-                f"labels must lie in [0, {classes}), got {int(value[position])} "
+                f"{name} must lie in [0, {classes}), got {int(value[position])} "
                 f"at position {position}."
             )
 

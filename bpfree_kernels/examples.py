@@ -65,18 +65,18 @@ def _drtp_signal(make: _Maker) -> tuple[Any, ...]:
 
 def _classifier_forward(make: _Maker) -> tuple[Any, ...]:
     x, weight, bias = make.normal(BATCH, IN), make.normal(CLASSES, IN), make.normal(CLASSES)
-    return (x, weight, bias, make.labels(), "ce")
+    return (x, weight, bias, make.labels(), "ce", 0.0, 0.0)
 
 
 def _classifier_step(make: _Maker) -> tuple[Any, ...]:
     x, weight, bias = make.normal(BATCH, IN), make.normal(CLASSES, IN), make.normal(CLASSES)
-    return (x, weight, bias, make.labels(), "ce", *make.adam(weight, bias))
+    return (x, weight, bias, make.labels(), "ce", 0.0, 0.0, *make.adam(weight, bias))
 
 
 def _classifier_grad(make: _Maker) -> tuple[Any, ...]:
     x, weight, bias = make.normal(BATCH, IN), make.normal(CLASSES, IN), make.normal(CLASSES)
     grads = (torch.zeros_like(weight), torch.zeros_like(bias))
-    return (x, weight, bias, make.labels(), "ce", *grads, False)
+    return (x, weight, bias, make.labels(), "ce", 0.0, 0.0, *grads, False)
 
 
 def _dense_forward(make: _Maker) -> tuple[Any, ...]:
@@ -114,6 +114,11 @@ def _pepita_linear_grad(make: _Maker) -> tuple[Any, ...]:
 def _pepita_difference(make: _Maker) -> tuple[Any, ...]:
     z, basis = make.normal(BATCH, 2, 3, 4), make.normal(CLASSES, 2, 3, 4)
     return (z, make.normal(BATCH, CLASSES), basis, "relu", 0.0)
+
+
+def _pepita_max_pool(make: _Maker) -> tuple[Any, ...]:
+    y = make.normal(BATCH, 5, 4, 3)
+    return (y, 0.1 * make.normal(BATCH, 5, 4, 3), 3, 2, 3, 2, 2, 2, 1, 0, 1, 1)
 
 
 def _local_conv(make: _Maker) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, ...]]:
@@ -170,6 +175,7 @@ EXAMPLES: dict[str, Callable[[_Maker], tuple[Any, ...]]] = {
     "pepita_linear_step": _pepita_linear_step,
     "pepita_linear_grad": _pepita_linear_grad,
     "pepita_difference": _pepita_difference,
+    "pepita_max_pool": _pepita_max_pool,
     "local_conv_forward": _local_conv_forward,
     "local_conv_feedback": _local_conv_feedback,
     "local_conv_grad": _local_conv_grad,

@@ -35,7 +35,7 @@ def pair(name: str, value: int | Sequence[int], least: int) -> Pair:
         TypeError: something else.
         ValueError: a value below `least`, or not two values.
     """
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}.")
     if len(values) != 2 or min(values) < least:
@@ -84,9 +84,12 @@ def output_size(
         dilation: distance of a window's elements.
 
     Raises:
-        TypeError, ValueError: as `split_padding`; ValueError also for a map smaller than the window.
+        TypeError, ValueError: as `split_padding`; ValueError also for a map smaller than the window,
+            or a window of no size.
     """
     steps, apart = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    if min(kernel) < 1:
+        raise ValueError(f"kernel must be at least 1 x 1, got {kernel[0]} x {kernel[1]}.")
     pads = split_padding(padding, kernel, apart, steps)
     sizes = [
         (size + sum(pad) - d * (k - 1) - 1) // s + 1
@@ -110,10 +113,38 @@ def geometry(
     """The geometry that the bodies get.
 
     Raises:
-        TypeError, ValueError: as `split_padding`, and for groups below 1.
+        TypeError, ValueError: as `split_padding`, and for groups that are no int, or below 1.
     """
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups must be an int of at least 1, got {groups!r}.")
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups must be an int, got {groups!r}.")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}.")
     steps, apart = pair("stride", stride, 1), pair("dilation", dilation, 1)
     (top, _), (left, _) = split_padding(padding, kernel, apart, steps)
     return Geometry(*steps, top, left, *apart, groups)
+
+
+def pooled_size(
+    input_size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, *, ceil_mode: bool
+) -> Pair:
+    """Height and width of a pooled map, as torch counts them.
+
+    With `ceil_mode` a window may reach over the lower or right edge, if it starts on the map or in the
+    padding before it.
+
+    Raises:
+        ValueError: a map smaller than the window.
+    """
+    sizes = []
+    for size, k, s, pad, d in zip(input_size, kernel, stride, padding, dilation, strict=True):
+        room = size + 2 * pad - d * (k - 1) - 1
+        count = (-(-room // s) if ceil_mode else room // s) + 1
+        if ceil_mode and (count - 1) * s >= size + pad:
+            count -= 1
+        sizes.append(count)
+    if min(sizes) < 1:
+        raise ValueError(
+            f"input size {input_size} is smaller than the window: kernel {kernel}, "
+            f"dilation {dilation}, padding {padding}."
+        )
+    return sizes[0], sizes[1]

@@ -3,6 +3,7 @@
 #include "cpu/classifier.h"
 #include "cpu/dense.h"
 #include "cpu/drtp.h"
+#include "cpu/local_conv.h"
 #include "cpu/pepita.h"
 #include "cpu/update.h"
 
@@ -16,8 +17,13 @@ STABLE_TORCH_LIBRARY_IMPL(bpfree, CPU, library) {
   library.impl("pepita_linear_step", TORCH_BOX(&bpfree::cpu::pepita_linear_step));
   library.impl("pepita_linear_grad", TORCH_BOX(&bpfree::cpu::pepita_linear_grad));
   library.impl("pepita_difference", TORCH_BOX(&bpfree::cpu::pepita_difference));
+  library.impl("pepita_max_pool", TORCH_BOX(&bpfree::cpu::pepita_max_pool));
   library.impl("classifier_forward", TORCH_BOX(&bpfree::cpu::classifier_forward));
   library.impl("classifier_step", TORCH_BOX(&bpfree::cpu::classifier_step));
   library.impl("classifier_grad", TORCH_BOX(&bpfree::cpu::classifier_grad));
+  library.impl("local_conv_forward", TORCH_BOX(&bpfree::cpu::local_conv_forward));
+  library.impl("local_conv_feedback", TORCH_BOX(&bpfree::cpu::local_conv_feedback));
+  library.impl("local_conv_grad", TORCH_BOX(&bpfree::cpu::local_conv_grad));
+  library.impl("local_conv_step", TORCH_BOX(&bpfree::cpu::local_conv_step));
   library.impl("apply_update", TORCH_BOX(&bpfree::cpu::apply_update));
 }

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bpfree_kernels import backends, checks
 from bpfree_kernels.activations import resolve_activation
-from bpfree_kernels.geometry import GEOMETRY_SCHEMA, Geometry, geometry, output_size
+from bpfree_kernels.geometry import GEOMETRY_SCHEMA, Geometry, geometry, output_size, pair
 from bpfree_kernels.maps import as_maps, map_order
 from bpfree_kernels.ops._define import LAYER_UPDATE_SCHEMA, contiguous, define
 from bpfree_kernels.ops._layer import LayerGradients, LayerUpdate
@@ -188,9 +188,7 @@ def local_conv_feedback(
     checks.floating("signal", signal)
     checks.dims("weight", weight, 6, WEIGHT_SHAPE)
     checks.same_kind("weight", weight, "signal", signal)
-    size = tuple(input_size)
-    if len(size) != 2:
-        raise ValueError(f"input_size must be (height, width), got {size}.")
+    size = pair("input_size", input_size, 0)
     place = _check_size(size, weight, stride, padding, dilation, groups)
     _check_signal(signal, signal.shape[:1], weight)
     if gate is not None:

@@ -54,7 +54,7 @@ def local_conv(
     """
     checks.tensor("x", x)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device) if device == "cuda" else torch.float32
         with torch.autocast(device, enabled=False):
             cast_bias = None if bias is None else bias.to(dtype)

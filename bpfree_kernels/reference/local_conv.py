@@ -115,8 +115,7 @@ def _update_where(
 
 
 def _by_group(weight: Tensor, place: Geometry) -> Tensor:
-    shape = (*weight.shape[:5], place.groups, -1)
-    return weight.reshape(shape)
+    return cast(Tensor, weight.unflatten(5, (place.groups, -1)))
 
 
 def _margins(

@@ -70,3 +70,42 @@ def pepita_linear_grad(
     changed = _change_of_output(z, change, feedback, mask, weight, activation, slope)
     dense_grad(changed, pre, -1 / z.shape[0], grad_weight, grad_bias, accumulate)
     return changed
+
+
+def pepita_max_pool(
+    y: Tensor,
+    change: Tensor | None,
+    rows: int,
+    columns: int,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_top: int,
+    pad_left: int,
+    dilation_h: int,
+    dilation_w: int,
+) -> Tensor:
+    """The pooled maps of y [outer, height, width, inner], or with Δy their change."""
+
+    def windows(maps: Tensor, outside: float) -> Tensor:
+        """[outer, rows, columns, inner, elements of the window]"""
+        below = (rows - 1) * stride_h + dilation_h * (kernel_h - 1) + 1 - pad_top - maps.shape[1]
+        right = (
+            (columns - 1) * stride_w + dilation_w * (kernel_w - 1) + 1 - pad_left - maps.shape[2]
+        )
+        sides = (0, 0, pad_left, max(right, 0), pad_top, max(below, 0))
+        padded = F.pad(maps, sides, value=outside)
+        taken = padded.unfold(1, dilation_h * (kernel_h - 1) + 1, stride_h)[..., ::dilation_h]
+        taken = taken.unfold(2, dilation_w * (kernel_w - 1) + 1, stride_w)[..., ::dilation_w]
+        return taken[:, :rows, :columns].flatten(4)
+
+    before = windows(y, -torch.inf)
+    pooled = before.amax(4)
+    if change is None:
+        return pooled
+    wide = torch.promote_types(y.dtype, torch.float32)
+    step = windows(change, 0.0).to(wide)
+    now = (before.to(wide) + step).argmax(4, keepdim=True)
+    moved = before.gather(4, now)[..., 0].to(wide) - pooled.to(wide)
+    return (step.gather(4, now)[..., 0] + moved).to(y.dtype)

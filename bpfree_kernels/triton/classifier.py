@@ -39,11 +39,14 @@ def _log1p(u):
 
 
 @triton.jit
-def _output_tile(z, is_label, peak, total, LOSS: tl.constexpr):
+def _output_tile(z, is_label, peak, total, margin, off_class, LOSS: tl.constexpr):
     """Output, error and terms of the loss of a float32 tile of logits.
 
-    `peak` and `total` are each sample's largest logit and Σ e^(z − peak), which softmax needs.
+    `peak` and `total` are each sample's largest logit and Σ e^(z − peak), which softmax needs;
+    margin and off_class are those of the hinge loss.
     """
+    target = tl.where(is_label, 1.0, 0.0)
+    y = z
     if LOSS == "ce":
         shifted = z - peak
         y = tl.exp(shifted) / total
@@ -52,17 +55,30 @@ def _output_tile(z, is_label, peak, total, LOSS: tl.constexpr):
         decay = tl.exp(-tl.abs(z))
         y = tl.where(z < 0.0, decay, 1.0) / (1.0 + decay)
         terms = tl.where(is_label, tl.maximum(-z, 0.0), tl.maximum(z, 0.0)) + _log1p(decay)
+    elif LOSS == "mse":
+        terms = (z - target) * (z - target)
     else:
-        tl.static_assert(LOSS == "mse", "unknown loss")
-        y = z
-        off = z - tl.where(is_label, 1.0, 0.0)
-        terms = off * off
-    return y, y - tl.where(is_label, 1.0, 0.0), terms
+        tl.static_assert(LOSS == "hinge", "unknown loss")
+        slack = margin + tl.where(is_label, -z, z)
+        terms = tl.where(slack < 0.0, 0.0, slack) * tl.where(is_label, 1.0, off_class)
+        error = tl.where(slack >= 0.0, tl.where(is_label, -1.0, off_class), 0.0)
+    if LOSS != "hinge":
+        error = y - target
+    return y, error, terms
+
+
+@triton.jit
+def _of_sample(total, classes, LOSS: tl.constexpr):
+    """Loss of a sample from the sum of its terms; ``bce`` and ``mse`` take the mean over classes."""
+    if LOSS == "bce" or LOSS == "mse":
+        total /= classes
+    return total
 
 
 @triton.jit(do_not_specialize=["batch", "classes", "inputs"])
 def few_classes_kernel(
-    x_ptr, weight_ptr, bias_ptr, labels_ptr, y_ptr, error_ptr, loss_ptr, batch, classes, inputs,
+    x_ptr, weight_ptr, bias_ptr, labels_ptr, y_ptr, error_ptr, loss_ptr, margin, off_class,
+    batch, classes, inputs,
     LOSS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     CLASSES_BY: tl.constexpr, INPUTS_BY: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,21 +100,20 @@ def few_classes_kernel(
         z = tl.where(has_class, z, float("-inf"))
         peak = tl.max(z, 1)[:, None]
         total = tl.sum(tl.exp(z - peak), 1)[:, None]
-    y, error, terms = _output_tile(z, labels[:, None] == units[None, :], peak, total, LOSS)
+    is_label = labels[:, None] == units[None, :]
+    y, error, terms = _output_tile(z, is_label, peak, total, margin, off_class, LOSS)
     has_sample = samples < batch
     offsets = samples.to(tl.int64)[:, None] * classes + units[None, :]
     mask = has_sample[:, None] & has_class
     tl.store(y_ptr + offsets, y, mask=mask)
     tl.store(error_ptr + offsets, error, mask=mask)
-    loss = tl.sum(tl.where(has_class, terms, 0.0), 1)
-    if LOSS != "ce":
-        loss /= classes
+    loss = _of_sample(tl.sum(tl.where(has_class, terms, 0.0), 1), classes, LOSS)
     tl.store(loss_ptr + samples, loss, mask=has_sample)
 
 
 @triton.jit(do_not_specialize=["batch", "classes"])
 def row_kernel(
-    z_ptr, labels_ptr, y_ptr, error_ptr, loss_ptr, batch, classes,
+    z_ptr, labels_ptr, y_ptr, error_ptr, loss_ptr, margin, off_class, batch, classes,
     LOSS: tl.constexpr, BLOCK: tl.constexpr, CLASSES_BY: tl.constexpr,
 ):  # fmt: skip
     """Output, error and loss of one sample from its logits, a block of classes at a time."""
@@ -126,18 +141,21 @@ def row_kernel(
         units = start + tl.arange(0, BLOCK)
         mask = units < classes
         z = tl.load(z_ptr + row + units, mask=mask, other=0.0)
-        y, error, terms = _output_tile(z, label == units, peak, total, LOSS)
+        y, error, terms = _output_tile(z, label == units, peak, total, margin, off_class, LOSS)
         tl.store(y_ptr + row + units, y, mask=mask)
         tl.store(error_ptr + row + units, error, mask=mask)
         losses += tl.where(mask, terms, 0.0)
-    loss = tl.sum(losses, 0)
-    if LOSS != "ce":
-        loss /= classes
-    tl.store(loss_ptr + sample, loss)
+    tl.store(loss_ptr + sample, _of_sample(tl.sum(losses, 0), classes, LOSS))
 
 
 def classifier_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    loss: str,
+    margin: float,
+    off_class: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output and error [batch, classes] and loss [batch]."""
     batch, inputs = x.shape
@@ -149,32 +167,47 @@ def classifier_forward(
         if classes <= blocks.BLOCK_H:
             grid = (triton.cdiv(batch, blocks.BLOCK_N),)
             launch(
-                few_classes_kernel, grid, x, weight, bias, labels, *outputs, on=x,
-                **shape, LOSS=loss, **products(x, blocks),
+                few_classes_kernel, grid, x, weight, bias, labels, *outputs,
+                margin, off_class, on=x, **shape, LOSS=loss, **products(x, blocks),
             )  # fmt: skip
             return outputs
     z = torch.empty_like(y, dtype=torch.float32)
     linear(x, weight, bias, z)
     launch(
-        row_kernel, (batch,), z, labels, *outputs, batch, on=x,
+        row_kernel, (batch,), z, labels, *outputs, margin, off_class, batch, on=x,
         **sizes(classes=classes), LOSS=loss, BLOCK=ROW_BLOCK, num_warps=4,
     )  # fmt: skip
     return outputs
 
 
 def _run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: str, learning: Learning
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    loss: str,
+    margin: float,
+    off_class: float,
+    learning: Learning,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = classifier_forward(x, weight, bias, labels, loss)
+    outputs = classifier_forward(x, weight, bias, labels, loss, margin, off_class)
     learn(outputs[1], x, gradient_scale(loss, *outputs[0].shape), learning)
     return outputs
 
 
 def classifier_step(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: str, *update: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    loss: str,
+    margin: float,
+    off_class: float,
+    *update: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, error and loss of the old weight; weight, bias and state updated in place."""
-    return _run(x, weight, bias, labels, loss, learn_in_place(weight, bias, update))
+    learning = learn_in_place(weight, bias, update)
+    return _run(x, weight, bias, labels, loss, margin, off_class, learning)
 
 
 def classifier_grad(
@@ -183,10 +216,12 @@ def classifier_grad(
     bias: Tensor | None,
     labels: Tensor,
     loss: str,
+    margin: float,
+    off_class: float,
     grad_weight: Tensor,
     grad_bias: Tensor | None,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, error and loss; the gradients are written or added to those given."""
     learning = keep_gradients(grad_weight, grad_bias, accumulate)
-    return _run(x, weight, bias, labels, loss, learning)
+    return _run(x, weight, bias, labels, loss, margin, off_class, learning)

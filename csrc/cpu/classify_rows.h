@@ -6,7 +6,7 @@
 namespace bpfree::cpu::BPFREE_ISA {
 
 // The rows of an output layer: logits in y become outputs, and *loss the sample's loss. A label below 0 is
-// no class: a target of zeros.
+// no class: a target of zeros, and for the hinge loss all classes are others.
 template <class T>
 void softmax_row(T* y, int64_t classes, int32_t label, T* loss) {
   T peak = y[0];
@@ -51,20 +51,41 @@ void linear_row(T* y, int64_t classes, int32_t label, T* loss) {
   *loss = total / T(classes);
 }
 
+// The multi-class hinge loss, whose output are the logits. One on a threshold keeps its gradient.
 template <class T>
-void classify(Loss kind, const int32_t* labels, int64_t classes, T scale, T* output, T* error,
+void hinge_row(const Objective<T>& of, const T* z, int64_t classes, int32_t label, T* error,
+               T* loss) {
+  T others = T(0);
+  for (int64_t c = 0; c < classes; ++c) {
+    const T slack = of.margin + z[c];
+    error[c] = slack >= T(0) ? of.off_class : T(0);
+    others += c == label || slack < T(0) ? T(0) : slack;
+  }
+  *loss = of.off_class * others;
+  if (label >= 0) {
+    const T slack = of.margin - z[label];
+    error[label] = slack >= T(0) ? T(-1) : T(0);
+    *loss += slack < T(0) ? T(0) : slack;
+  }
+}
+
+template <class T>
+void classify(const Objective<T>& of, const int32_t* labels, int64_t classes, T* output, T* error,
               T* signal, T* loss, int64_t begin, int64_t end) {
-  const auto row = kind == Loss::ce    ? softmax_row<T>
-                   : kind == Loss::bce ? sigmoid_row<T>
-                                       : linear_row<T>;
+  const auto row = of.loss == Loss::ce    ? softmax_row<T>
+                   : of.loss == Loss::bce ? sigmoid_row<T>
+                                          : linear_row<T>;
   for (int64_t n = begin; n < end; ++n) {
     T* y = output + n * classes;
-    row(y, classes, labels[n], loss + n);
-    for (int64_t c = 0; c < classes; ++c) {
-      const T e = y[c] - (c == labels[n] ? T(1) : T(0));
-      error[n * classes + c] = e;
-      if (signal) signal[n * classes + c] = scale * e;
+    T* e = error + n * classes;
+    if (of.loss == Loss::hinge) {
+      hinge_row(of, y, classes, labels[n], e, loss + n);
+    } else {
+      row(y, classes, labels[n], loss + n);
+      for (int64_t c = 0; c < classes; ++c) e[c] = y[c] - (c == labels[n] ? T(1) : T(0));
     }
+    if (!signal) continue;
+    for (int64_t c = 0; c < classes; ++c) signal[n * classes + c] = of.scale * e[c];
   }
 }
 

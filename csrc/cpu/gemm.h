@@ -113,7 +113,8 @@ void forward_block(const T* weight, int64_t weight_stride, int64_t rows, const I
         with_count<kForwardRows>(rows - r, [&]<int tile_rows>() {
           with_count<kForwardVectors>(width / kLanes<T>, [&]<int vectors>() {
             forward_tile<T, tile_rows, vectors>(weight + r * weight_stride + k, weight_stride,
-                                                panel + k * width, depth, z + r * stride + sample, stride, k == 0);
+                                                panel + k * width, depth, z + r * stride + sample,
+                                                stride, k == 0);
           });
         });
       }

@@ -2,7 +2,9 @@
 // compiler told to use it; kernels.h picks one table at run time.
 #include "classify_rows.h"
 #include "drtp_rows.h"
+#include "local_conv_rows.h"
 #include "pepita_rows.h"
+#include "pool_rows.h"
 
 namespace bpfree::cpu::BPFREE_ISA {
 namespace {
@@ -37,6 +39,14 @@ const Kernels<T>& table() {
       .difference = difference_elements<T>,
       .mixed_difference = mixed_difference<T>,
       .mixed_scratch = mixed_scratch<T>,
+      .max_pool = max_pool<T>,
+      .read_maps = read_maps<T>,
+      .local_forward = local_forward<T>,
+      .local_forward_scratch = local_forward_scratch<T>,
+      .local_feedback = local_feedback<T>,
+      .local_feedback_scratch = local_feedback_scratch<T>,
+      .local_learn = local_learn<T>,
+      .local_learn_scratch = local_learn_scratch<T>,
       .apply = apply<T>,
   };
   return kernels;

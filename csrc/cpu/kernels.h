@@ -11,7 +11,16 @@ namespace bpfree::cpu {
 
 enum class Activation { identity, relu, leaky_relu, tanh, sigmoid, hardtanh, sign };
 
-enum class Loss { ce, bce, mse };
+enum class Loss { ce, bce, mse, hinge };
+
+// The loss of an output layer, with what it takes.
+template <class T>
+struct Objective {
+  Loss loss;
+  T scale;      // from the error to the gradient of the batch's loss
+  T margin;     // of the hinge loss
+  T off_class;  // weight of the other classes in the hinge loss
+};
 
 // What becomes of a gradient: kept, added to another, or turned into an update of the weight.
 enum class Rule { store, accumulate, sgd, sgd_momentum, sgd_nesterov, adam, adamw };
@@ -31,17 +40,20 @@ struct UpdateRule {
   T inv_sqrt_correct;  // Adam: 1 / sqrt(1 - beta2^t)
 };
 
-// Where a gradient goes: the weight and its state, or for store and accumulate the gradient tensor.
+// Where a gradient goes: the weight and its state, or for store and accumulate the gradient tensor. With a
+// mask of zeros and ones, what is zero there is not updated; its gradient counts as 0.
 template <class T>
 struct Target {
   UpdateRule<T> rule;
   T* value;
   T* m;
   T* v;
+  const uint8_t* mask = nullptr;
 
   // Inlined always: kernels of every instruction set call it.
   __attribute__((always_inline)) Target at(int64_t offset) const {
-    return {rule, value + offset, m ? m + offset : nullptr, v ? v + offset : nullptr};
+    return {rule, value + offset, m ? m + offset : nullptr, v ? v + offset : nullptr,
+            mask ? mask + offset : nullptr};
   }
 };
 
@@ -98,6 +110,68 @@ struct Mixture {
   int64_t size;
 };
 
+// How max pooling's windows lie on maps [outer][height][width][inner].
+struct Pooling {
+  int64_t height, width, inner, rows, columns;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+};
+
+// How the windows of a locally connected layer lie on its input (bpfree_kernels/geometry.py).
+struct Windows {
+  int64_t in, height, width;  // the input: channels of all groups, size
+  int64_t out, rows, columns;  // the output
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups;
+};
+
+// Maps of the size that their use says, with the channels first or last in memory.
+template <class T>
+struct Maps {
+  T* data;
+  bool channels_last;
+};
+
+// A locally connected layer: weight [position][kernel_h, kernel_w, in/groups][out], its input x and what it
+// feeds back from as [position][sample][channel].
+template <class T>
+struct LocalForward {
+  Windows windows;
+  int64_t batch;
+  const T* x;
+  const T* weight;
+  const T* bias;  // [position][out] or null
+  Activation activation;
+  T slope;
+  Maps<T> z;
+  T* y;  // f(z), like z, or null
+};
+
+// Its input gradient, or feedback.
+template <class T>
+struct LocalFeedback {
+  Windows windows;
+  int64_t batch;
+  const T* signal;
+  const T* weight;
+  const T* gate;  // like `change`, or null
+  Activation activation;
+  T slope;
+  Maps<T> change;
+};
+
+// What it learns from a signal at its output.
+template <class T>
+struct LocalLearning {
+  Windows windows;
+  int64_t batch;
+  Maps<const T> signal;
+  const T* x;
+  T scale;
+  Target<T> to_weight;
+  Target<T> to_bias;      // value is null without a bias
+  Target<T> to_feedback;  // value is null without one
+};
+
 template <class T>
 struct Kernels {
   // Samples in a full panel of packed input; panels hold `in` rows of that many samples.
@@ -122,7 +196,7 @@ struct Kernels {
   // For either, with the size of the packed operand.
   int64_t (*forward_scratch)(int64_t packed);
   // Output, error, signal (if wanted) and loss of samples [begin, end); output holds the logits before.
-  void (*classify)(Loss, const int32_t* labels, int64_t classes, T scale, T* output, T* error,
+  void (*classify)(const Objective<T>&, const int32_t* labels, int64_t classes, T* output, T* error,
                    T* signal, T* loss, int64_t begin, int64_t end);
   // Gradient of the weight, signal^T x, for column blocks [begin, end), sent to its target.
   void (*update_columns)(const T* signal, int64_t out, const Input<T>&, const Target<T>&,
@@ -146,6 +220,19 @@ struct Kernels {
   void (*mixed_difference)(Activation, T slope, const T* z, const Mixture<T>&, T* y, int64_t begin,
                            int64_t end, T* scratch);
   int64_t (*mixed_scratch)(int64_t classes);
+  // The pooled maps of y, or with `change` how they change, for rows [begin, end) of all maps.
+  void (*max_pool)(const Pooling&, const T* y, const T* change, T* pooled, int64_t begin,
+                   int64_t end);
+  // Maps of `size` positions [begin, end) as [position][sample][channel], times `scale`.
+  void (*read_maps)(const Maps<const T>&, int64_t batch, int64_t channels, int64_t size, T scale,
+                    int64_t begin, int64_t end, T* to);
+  // A locally connected layer's output positions, input pixels and output positions [begin, end).
+  void (*local_forward)(const LocalForward<T>&, int64_t begin, int64_t end, T* scratch);
+  int64_t (*local_forward_scratch)(const Windows&, int64_t batch, int64_t positions);
+  void (*local_feedback)(const LocalFeedback<T>&, int64_t begin, int64_t end, T* scratch);
+  int64_t (*local_feedback_scratch)(const Windows&, int64_t batch, int64_t positions);
+  void (*local_learn)(const LocalLearning<T>&, int64_t begin, int64_t end, T* scratch);
+  int64_t (*local_learn_scratch)(const Windows&, int64_t batch, int64_t positions);
   // Sends gradient elements [begin, end) to their target.
   void (*apply)(const T* gradient, const Target<T>&, int64_t begin, int64_t end);
 };

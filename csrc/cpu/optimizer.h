@@ -6,17 +6,17 @@
 
 namespace bpfree::cpu::BPFREE_ISA {
 
-template <Rule rule, class T>
-inline void apply_lanes(const UpdateRule<T>& u, Vec<T> g, T* value, T* m, T* v, int64_t lanes) {
-  if constexpr (rule == Rule::store) {
-    store_lanes(value, g, lanes);
-    return;
-  }
+// `live` says which elements are updated, if `masked`: of those that are not, nothing changes.
+template <Rule rule, bool masked, class T>
+inline void apply_lanes(const UpdateRule<T>& u, Vec<T> g, T* value, T* m, T* v, VecBits<T> live,
+                        int64_t lanes) {
+  const auto change = [&](T* to, Vec<T> before, Vec<T> after) {
+    store_lanes<T>(to, masked ? (live ? after : before) : after, lanes);
+  };
+  if constexpr (rule == Rule::store) return change(value, Vec<T>{}, g);
   Vec<T> w = load_lanes(value, lanes);
-  if constexpr (rule == Rule::accumulate) {
-    store_lanes<T>(value, w + g, lanes);
-    return;
-  }
+  const Vec<T> before = w;
+  if constexpr (rule == Rule::accumulate) return change(value, before, w + g);
   if constexpr (rule == Rule::adamw) {
     w = w * (T(1) - u.lr * u.weight_decay);
   } else {
@@ -25,29 +25,44 @@ inline void apply_lanes(const UpdateRule<T>& u, Vec<T> g, T* value, T* m, T* v, 
   if constexpr (rule == Rule::sgd) {
     w = w - u.lr * g;
   } else if constexpr (rule == Rule::sgd_momentum || rule == Rule::sgd_nesterov) {
-    const Vec<T> velocity = u.beta1 * load_lanes(m, lanes) + g;
-    store_lanes<T>(m, velocity, lanes);
+    const Vec<T> old = load_lanes(m, lanes), velocity = u.beta1 * old + g;
+    change(m, old, velocity);
     w = w - u.lr * (rule == Rule::sgd_nesterov ? g + u.beta1 * velocity : velocity);
   } else if constexpr (rule == Rule::adam || rule == Rule::adamw) {
-    const Vec<T> first = u.beta1 * load_lanes(m, lanes) + u.rest1 * g;
-    const Vec<T> second = u.beta2 * load_lanes(v, lanes) + u.rest2 * g * g;
-    store_lanes<T>(m, first, lanes);
-    store_lanes<T>(v, second, lanes);
+    const Vec<T> old_m = load_lanes(m, lanes), old_v = load_lanes(v, lanes);
+    const Vec<T> first = u.beta1 * old_m + u.rest1 * g;
+    const Vec<T> second = u.beta2 * old_v + u.rest2 * g * g;
+    change(m, old_m, first);
+    change(v, old_v, second);
     w = w - u.step_size * first / (vsqrt<T>(second) * u.inv_sqrt_correct + u.eps);
   }
-  store_lanes<T>(value, w, lanes);
+  change(value, before, w);
+}
+
+// The lanes whose byte is not zero.
+template <class T>
+inline VecBits<T> load_mask(const uint8_t* from, int64_t lanes) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
+  Bytes bytes = {};
+  if (lanes == kLanes<T>) {
+    std::memcpy(&bytes, from, sizeof bytes);
+  } else {
+    std::memcpy(&bytes, from, static_cast<size_t>(lanes));
+  }
+  return __builtin_convertvector(bytes, VecBits<T>) != 0;
 }
 
 // Sends `rows` rows of `count` gradient elements to their target, whose rows lie `stride` apart.
-template <Rule rule, class T>
+template <Rule rule, bool masked, class T>
 inline void apply_rows(const T* g, int64_t g_stride, int64_t rows, int64_t count,
                        const Target<T>& to, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     const Target<T> row = to.at(r * stride);
     const T* g_row = g + r * g_stride;
     for_vectors<T>(count, [&](int64_t i, int64_t lanes) {
-      apply_lanes<rule, T>(to.rule, load_lanes(g_row + i, lanes), row.value + i, row.m + i,
-                           row.v + i, lanes);
+      const VecBits<T> live = masked ? load_mask<T>(row.mask + i, lanes) : VecBits<T>{};
+      apply_lanes<rule, masked, T>(to.rule, load_lanes(g_row + i, lanes), row.value + i, row.m + i,
+                                   row.v + i, live, lanes);
     });
   }
 }
@@ -57,7 +72,9 @@ inline void apply_tile(const T* g, int64_t g_stride, int64_t rows, int64_t count
                        const Target<T>& to, int64_t stride) {
   switch (to.rule.rule) {
 #define BPFREE_RULE(name) \
-  case Rule::name: return apply_rows<Rule::name, T>(g, g_stride, rows, count, to, stride)
+  case Rule::name:        \
+    return to.mask ? apply_rows<Rule::name, true, T>(g, g_stride, rows, count, to, stride) \
+                   : apply_rows<Rule::name, false, T>(g, g_stride, rows, count, to, stride)
     BPFREE_RULE(store);
     BPFREE_RULE(accumulate);
     BPFREE_RULE(sgd);

@@ -77,8 +77,9 @@ Tensor linear(const Tensor& z, const Tensor& pre, const Tensor& change, const Ma
 
 Tensor pepita_linear_step(
     Tensor z, Tensor pre, Tensor change, MaybeTensor feedback, MaybeTensor mask, Tensor weight,
-    MaybeTensor bias, StringHandle activation, double slope, StringHandle optimizer, double lr, double beta1, double beta2, double eps, double weight_decay,
-    bool nesterov, MaybeTensor lr_tensor, MaybeTensor weight_m, MaybeTensor weight_v,
+    MaybeTensor bias, StringHandle activation, double slope, StringHandle optimizer,
+    double lr, double beta1, double beta2, double eps, double weight_decay, bool nesterov,
+    MaybeTensor lr_tensor, MaybeTensor weight_m, MaybeTensor weight_v,
     MaybeTensor weight_step, MaybeTensor bias_m, MaybeTensor bias_v, MaybeTensor bias_step) {
   const RuleArgs rule(take_string(optimizer), lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
   return linear(z, pre, change, feedback, mask, weight, take_string(activation), slope, [&]<class T>() {
@@ -111,6 +112,22 @@ Tensor pepita_difference(Tensor z, Tensor change, MaybeTensor basis, StringHandl
     });
   });
   return result;
+}
+
+Tensor pepita_max_pool(Tensor y, MaybeTensor change, int64_t rows, int64_t columns, int64_t kernel_h,
+                       int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_top,
+                       int64_t pad_left, int64_t dilation_h, int64_t dilation_w) {
+  const Pooling pool = {y.size(1), y.size(2), y.size(3), rows,    columns,    kernel_h,  kernel_w,
+                        stride_h,  stride_w,  pad_top,   pad_left, dilation_h, dilation_w};
+  const Tensor pooled = new_output(y, {y.size(0), rows, columns, pool.inner});
+  with_dtype(y, [&]<class T>() {
+    constexpr int64_t kElementsPerTask = 16384;
+    const int64_t grain = kElementsPerTask / (columns * pool.inner * kernel_h * kernel_w + 1) + 1;
+    torch::stable::parallel_for(0, y.size(0) * rows, grain, [&](int64_t begin, int64_t end) {
+      kernels<T>().max_pool(pool, data<T>(y), data<T>(change), data<T>(pooled), begin, end);
+    });
+  });
+  return pooled;
 }
 
 }  // namespace bpfree::cpu

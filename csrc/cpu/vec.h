@@ -4,6 +4,12 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #ifndef BPFREE_ISA
 #error "vec.h belongs to the kernels that are compiled per instruction set (isa_kernels.cpp)"
@@ -54,17 +60,47 @@ inline void store(T* to, Vec<T> v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-// The first `count` elements (fewer than a vector), zeros behind them.
+// The first `count` lanes of a vector, as loads and stores want them.
 template <class T>
-inline Vec<T> load_some(const T* from, int64_t count) {
+struct FirstLanes {
+#if defined(__AVX512F__)
+  std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8> bits;
+  explicit FirstLanes(int64_t count) : bits((1u << count) - 1) {}
+#else
+  int64_t count;
+  explicit FirstLanes(int64_t count) : count(count) {}
+#endif
+};
+
+// These elements, zeros behind them; the others are not touched.
+template <class T>
+inline Vec<T> load(const T* from, FirstLanes<T> first) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_maskz_loadu_ps(first.bits, from);
+  } else {
+    return _mm512_maskz_loadu_pd(first.bits, from);
+  }
+#else
+  if (first.count == kLanes<T>) return load(from);
   Vec<T> v = {};
-  std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
+  std::memcpy(&v, from, static_cast<size_t>(first.count) * sizeof(T));
   return v;
+#endif
 }
 
 template <class T>
-inline void store_some(T* to, Vec<T> v, int64_t count) {
-  std::memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
+inline void store(T* to, Vec<T> v, FirstLanes<T> first) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(to, first.bits, v);
+  } else {
+    _mm512_mask_storeu_pd(to, first.bits, v);
+  }
+#else
+  if (first.count == kLanes<T>) return store(to, v);
+  std::memcpy(to, &v, static_cast<size_t>(first.count) * sizeof(T));
+#endif
 }
 
 // The first `count` lanes of a vector, zeros behind them.
@@ -80,11 +116,20 @@ inline Vec<T> splat(T value) {
   return value - Vec<T>{};  // unlike value + {}, this keeps a negative zero
 }
 
+// The sum of all lanes, in the first lanes: each step adds the upper half of them to the lower one.
+template <class T, int half = kLanes<T> / 2, int... lane>
+inline Vec<T> fold(Vec<T> v, std::integer_sequence<int, lane...> lanes) {
+  v += __builtin_shufflevector(v, v, (lane + half) % kLanes<T>...);
+  if constexpr (half == 1) {
+    return v;
+  } else {
+    return fold<T, half / 2>(v, lanes);
+  }
+}
+
 template <class T>
 inline T sum(Vec<T> v) {
-  T total = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) total += v[i];
-  return total;
+  return fold<T>(v, std::make_integer_sequence<int, kLanes<T>>())[0];
 }
 
 // Calls f with whole vectors of [0, count) first and then with the rest, as f(offset, lanes).
@@ -97,7 +142,7 @@ inline void for_vectors(int64_t count, F&& f) {
 
 template <class T>
 inline Vec<T> load_lanes(const T* from, int64_t lanes) {
-  return lanes == kLanes<T> ? load(from) : load_some(from, lanes);
+  return lanes == kLanes<T> ? load(from) : load(from, FirstLanes<T>(lanes));
 }
 
 template <class T>
@@ -107,7 +152,7 @@ inline void store_lanes(T* to, Vec<T> v, int64_t lanes) {
   } else if (lanes == kLanes<T> / 2) {  // half a vector, without a call: what row blocks end in
     std::memcpy(to, &v, sizeof v / 2);
   } else {
-    store_some(to, v, lanes);
+    store(to, v, FirstLanes<T>(lanes));
   }
 }
 

@@ -9,18 +9,20 @@
 The kernels are in `bpfree_kernels`; this package makes learners of them.
 """
 
-from bpfree import checkpoint, diagnostics
+from bpfree import checkpoint, diagnostics, nn
 from bpfree.losses import LOSSES
 from bpfree.mirroring import WeightMirroring
 from bpfree.results import BatchInfo, EpochResult, EvalResult, StepResult
-from bpfree.rules import BP, DRTP, PEPITA, Learner, Shallow
+from bpfree.rules import BP, DRTP, FRFB, PEPITA, URFB, Learner, Shallow
 from bpfree_kernels import __version__
 
 __all__ = [
     "BP",
     "DRTP",
+    "FRFB",
     "LOSSES",
     "PEPITA",
+    "URFB",
     "BatchInfo",
     "EpochResult",
     "EvalResult",
@@ -31,4 +33,5 @@ __all__ = [
     "__version__",
     "checkpoint",
     "diagnostics",
+    "nn",
 ]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bpfree.data import DATASETS
+from bpfree.losses import LOSSES
 from bpfree.models import ACTIVATIONS, INITS, MODEL_NAMES
 from bpfree.registry import OPTIMIZERS, RULES
 
@@ -30,15 +31,36 @@ WeightDecay = Annotated[
     float | None, typer.Option(min=0, help="Weight decay.", show_default="torch's")
 ]
 Loss = Annotated[
-    str | None, typer.Option(help="Output layer: bce, ce or mse.", show_default="the rule's")
+    str | None, typer.Option(help=f"Output layer: {', '.join(LOSSES)}.", show_default="the rule's")
 ]
-Activation = Annotated[str, typer.Option(help=f"Hidden activation: {', '.join(ACTIVATIONS)}.")]
+Activation = Annotated[
+    str | None,
+    typer.Option(help=f"Hidden activation: {', '.join(ACTIVATIONS)}.", show_default="the model's"),
+]
 Dropout = Annotated[
-    float, typer.Option(help="Share of the inputs of every fully connected layer to drop.")
+    float | None,
+    typer.Option(
+        help="Share of the inputs of every fully connected layer to drop.",
+        show_default="the model's",
+    ),
 ]
 InputDropout = Annotated[bool, typer.Option(help="Whether fc nets also drop pixels.")]
-Bias = Annotated[bool, typer.Option(help="Layers with biases.")]
-Init = Annotated[str, typer.Option(help=f"Initial weights: {', '.join(INITS)} (He uniform).")]
+Bias = Annotated[
+    bool | None,
+    typer.Option("--bias/--no-bias", help="Layers with biases.", show_default="the model's"),
+]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Initial weights: {', '.join(INITS)} (uniform).", show_default="the model's"
+    ),
+]
+Untied = Annotated[
+    bool, typer.Option("--untied", help="Locally connected layers instead of convolutions.")
+]
+Connectivity = Annotated[
+    float, typer.Option(help="Share of the connections that exist (urfb, frfb).")
+]
 Standardize = Annotated[
     bool | None,
     typer.Option(help="Channels to mean 0, deviation 1.", show_default="for cifar-10 only"),

@@ -1,4 +1,4 @@
-"""A convolution's forward and weight gradient without autograd, for rules with their own signal."""
+"""A convolution's forward, feedback and gradients without autograd, for rules with their own signal."""
 
 from __future__ import annotations
 
@@ -75,6 +75,25 @@ class Convolution:
         return F.conv2d(
             x, layer.weight, None, layer.stride, self._padding, self._dilation, layer.groups
         )
+
+    def feedback(self, signal: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """Carry a signal down: the gradient of the input, with other weights in the place of W.
+
+        Args:
+            signal: gradient at z, [batch, out, out_height, out_width].
+            weight: R, shaped like the layer's weight.
+            x: padded input (`pad`); only its size is read.
+
+        Returns:
+            Signal at the input before `pad`, [batch, channels, height, width].
+        """
+        layer = self._layer
+        of_x = torch.ops.aten.convolution_backward(
+            signal, x, weight, None, layer.stride, self._padding, self._dilation,
+            False, [0, 0], layer.groups, [True, False, False],
+        )[0]  # fmt: skip
+        below, right = self._extra
+        return cast(Tensor, of_x[:, :, : x.shape[2] - below, : x.shape[3] - right])
 
     def gradients(
         self, x: Tensor, signal: Tensor, *, weight: bool, bias: bool

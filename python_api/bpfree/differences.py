@@ -16,16 +16,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.convolution import by_place
+import bpfree_kernels as kernels
 
 Way = Callable[[Tensor], Tensor]
 """Takes the change of a module's input to the change of its output."""
 
 
-def run(modules: Iterable[nn.Module], y: Tensor) -> tuple[Tensor, tuple[Way, ...]]:
+def run(
+    modules: Iterable[nn.Module], y: Tensor, backend: str | None = None
+) -> tuple[Tensor, tuple[Way, ...]]:
     """Apply modules one after another, and note how a difference passes them.
 
     Forward hooks of the modules do not run.
@@ -34,6 +35,7 @@ def run(modules: Iterable[nn.Module], y: Tensor) -> tuple[Tensor, tuple[Way, ...
         modules: Flatten, MaxPool2d, AvgPool2d, Dropout or Dropout2d (`bpfree.stages.PASSED_THROUGH`);
             dropout follows their ``training``.
         y: input of the first one, [batch, ...].
+        backend: of the kernels, instead of the device's default.
 
     Returns:
         Output of the last one, and what `pass_on` takes.
@@ -41,7 +43,7 @@ def run(modules: Iterable[nn.Module], y: Tensor) -> tuple[Tensor, tuple[Way, ...
     ways = []
     for module in modules:
         if isinstance(module, nn.MaxPool2d):
-            y, way = _max_pool(module, y)
+            y, way = _max_pool(module, y, backend)
         elif isinstance(module, nn.Dropout | nn.Dropout2d):
             mask = dropout_mask(module, y)
             if mask is None:
@@ -101,32 +103,11 @@ def dropout_mask(module: nn.Dropout | nn.Dropout2d, like: Tensor) -> Tensor | No
     return module.forward(torch.ones_like(like, memory_format=torch.contiguous_format))
 
 
-def _max_pool(module: nn.MaxPool2d, y: Tensor) -> tuple[Tensor, Way]:
-    """Δpool = Δy[i′] + (y[i′] − pool), where i′ is the place of a window's maximum after the change.
+def _max_pool(module: nn.MaxPool2d, y: Tensor, backend: str | None) -> tuple[Tensor, Way]:
+    def pool(change: Tensor | None) -> Tensor:
+        return kernels.pepita_max_pool(
+            y, module.kernel_size, change, stride=module.stride, padding=module.padding,
+            dilation=module.dilation, ceil_mode=module.ceil_mode, backend=backend,
+        )  # fmt: skip
 
-    Where the maximum stays, that is Δy itself; where it moves, y[i′] and the old maximum are within Δy
-    of each other, and their difference is as exact as they are.
-    """
-    pooled = _max_pool_with_places(module, y)[0]
-
-    def change_of_maximum(change: Tensor) -> Tensor:
-        _, now = _max_pool_with_places(module, y + change)
-        return _take(change, now) + (_take(y, now) - pooled)
-
-    return pooled, change_of_maximum
-
-
-def _max_pool_with_places(module: nn.MaxPool2d, y: Tensor) -> tuple[Tensor, Tensor]:
-    return F.max_pool2d(
-        y, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode,
-        return_indices=True,
-    )  # fmt: skip
-
-
-def _take(y: Tensor, places: Tensor) -> Tensor:
-    """The values at some places of each map, counted within the map."""
-    if y.is_contiguous():
-        return y.flatten(2).gather(2, places.flatten(2)).view(places.shape)
-    height, width = places.shape[2:]
-    taken = by_place(y).gather(1, by_place(places))
-    return taken.view(-1, height, width, taken.shape[2]).permute(0, 3, 1, 2)
+    return pool(None), pool

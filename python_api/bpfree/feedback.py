@@ -1,11 +1,11 @@
-"""Fixed random feedback: what carries a label or an error back into a network."""
+"""Random feedback: what carries a label, an error or a signal back into a network."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpfree import seeds
 
@@ -47,3 +47,26 @@ def draw_input(features: int, classes: int, *, scale: float, seed: int) -> Tenso
     feedback = torch.empty(classes, features, dtype=torch.float32, device="cpu")
     generator = seeds.generator("feedback of the input", seed, 0)
     return feedback.uniform_(-bound, bound, generator=generator).t()
+
+
+def draw_weights(weight: Tensor, *, seed: int, position: int) -> Tensor:
+    """Draw feedback weights that lie like a layer's forward weights, R ~ U(±√(6/(k·k·(in + out)))).
+
+    The bound is Glorot's, k·k the size of a convolution's kernel (1 for a dense layer). Those of a
+    locally connected layer begin alike at every position: they are the convolution's, copied.
+
+    Args:
+        weight: [out, in], [out, in/groups, kernel_h, kernel_w], or that of a
+            `bpfree.nn.LocallyConnected2d`; only its shape is read.
+        seed: seed of the learner.
+        position: position of the layer in the model.
+
+    Returns:
+        float32, on the CPU, shaped like `weight`.
+    """
+    untied = weight.dim() == 6
+    like = weight[0, 0].permute(3, 2, 0, 1) if untied else weight  # its convolution's kernel
+    kernel = torch.empty(like.shape, dtype=torch.float32, device="cpu")
+    generator = seeds.generator("feedback weights", seed, position)
+    nn.init.xavier_uniform_(kernel, generator=generator)
+    return kernel.permute(2, 3, 1, 0).expand(weight.shape).contiguous() if untied else kernel

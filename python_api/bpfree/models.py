@@ -3,6 +3,8 @@
 ``fc<L>-<H>``: L hidden layers of H units, e.g. ``fc1-500``. ``conv``: the DRTP paper's
 convolutional networks, one for grey images (MNIST) and one for colour images (CIFAR-10).
 ``conv-pepita``: the PEPITA paper's, for any images: 32 filters of 5×5 without padding, pooling, output.
+``simpnet``: the URFB paper's, for any images: 32 filters of 5×5, pooling of 3×3 by steps of 2, 500 units,
+output; saturated linear, dropout of 0.8 and 0.3 ahead of the two fully connected layers, no biases, Glorot.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from bpfree.nn import SaturatedLinear, untie
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
@@ -20,22 +25,50 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
     "hardtanh": nn.Hardtanh,
+    "saturated_linear": SaturatedLinear,
 }
 """Hidden activations by name."""
 
-INITS = ("torch", "he")
+INITS = ("torch", "he", "glorot")
 """Initialisations by name."""
 
 MODEL_NAMES = (
-    "fc<L>-<H> (L hidden layers of H units, such as fc1-500 or fc2-1000), conv or conv-pepita"
+    "fc<L>-<H> (L hidden layers of H units, such as fc1-500 or fc2-1000), conv, conv-pepita "
+    "or simpnet"
 )
 """What a model may be called, in words."""
 
-# Convolutions (maps, kernel size, padding), each followed by a pooling by 2, and hidden fully connected
-# layers; those of ``conv`` by the channels of the image.
-_CONV_NETS: dict[int, tuple[tuple[tuple[int, int, int], ...], tuple[int, ...]]] = {
-    1: (((32, 5, 2),), (1000,)),
-    3: (((64, 3, 1), (256, 3, 1)), (1000, 1000)),
+
+@dataclass(frozen=True)
+class _Plan:
+    """The layers that a name stands for, and what the net has unless asked otherwise.
+
+    Attributes:
+        convolutions: (maps, kernel size, padding) of each.
+        hidden: units of each hidden fully connected layer.
+        pool: (kernel size, stride, padding) of the max pooling behind each convolution.
+        activation, bias, init: as for `build_model`.
+        dropout: share to drop ahead of each fully connected layer; empty for none anywhere.
+    """
+
+    convolutions: tuple[tuple[int, int, int], ...] = ()
+    hidden: tuple[int, ...] = ()
+    pool: tuple[int, int, int] = (2, 2, 0)
+    activation: str = "tanh"
+    dropout: tuple[float, ...] = ()
+    bias: bool = True
+    init: str = "torch"
+
+
+_CONV_PEPITA = _Plan(((32, 5, 0),))
+# The paper centres the pooling windows on every second pixel; its code begins them there.
+_SIMPNET = _Plan(
+    ((32, 5, 2),), (500,), (3, 2, 1), "saturated_linear", (0.8, 0.3), bias=False, init="glorot"
+)
+# By the channels of the image.
+_CONV = {
+    1: _Plan(((32, 5, 2),), (1000,)),
+    3: _Plan(((64, 3, 1), (256, 3, 1)), (1000, 1000)),
 }
 
 
@@ -43,18 +76,22 @@ def build_model(
     name: str,
     input_shape: Sequence[int],
     classes: int,
-    activation: str = "tanh",
-    dropout: float = 0.0,
+    activation: str | None = None,
+    dropout: float | None = None,
     seed: int = 0,
     *,
     input_dropout: bool = True,
-    bias: bool = True,
-    init: str = "torch",
+    bias: bool | None = None,
+    init: str | None = None,
+    untied: bool = False,
 ) -> nn.Sequential:
     """Build a network by name.
 
+    ``None`` takes what the net has in its paper: tanh, no dropout, biases and PyTorch's initialisation,
+    but for ``simpnet`` as the module says.
+
     Args:
-        name: ``fc<L>-<H>``, ``conv`` or ``conv-pepita``.
+        name: ``fc<L>-<H>``, ``conv``, ``conv-pepita`` or ``simpnet``.
         input_shape: shape of one image, (channels, height, width); ``fc`` nets take any shape.
         classes: number of outputs of the last layer, whose activation belongs to the loss.
         activation: activation of every hidden layer, one of `ACTIVATIONS`.
@@ -62,79 +99,92 @@ def build_model(
         seed: determines the initial weights, whatever the state of torch's generator.
         input_dropout: whether `dropout` also drops values of the image itself, in ``fc`` nets.
         bias: whether layers have biases.
-        init: ``"torch"``, PyTorch's default, or ``"he"``, He uniform: weights in
-            ±√(6 / fan_in), biases 0.
+        init: ``"torch"``, PyTorch's default, ``"he"``, He uniform: weights in ±√(6 / fan_in), biases
+            0, or ``"glorot"``, Glorot uniform: ±√(6 / (fan_in + fan_out)), biases 0.
+        untied: whether locally connected layers take the place of the convolutions; their weights
+            begin alike everywhere, as those of the convolutions.
 
     Returns:
         A model that maps [N, *input_shape] to [N, classes].
 
     Raises:
-        ValueError: an unknown name, activation or initialisation, a dropout out of range, or an image
-            that the convolutional nets are not made for.
+        ValueError: an unknown name, activation or initialisation, a dropout out of range, an image
+            that the convolutional nets are not made for, or a net without convolutions to untie.
     """
+    plan = _plan(name, input_shape)
+    activation = plan.activation if activation is None else activation
+    bias = plan.bias if bias is None else bias
+    init = plan.init if init is None else init
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
-    if not 0 <= dropout < 1:
+    if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}.")
-    convolutions, hidden = _layers(name, input_shape)
+    if untied and not plan.convolutions:
+        raise ValueError(f"untied needs a model with convolutions, got {name!r}.")
+    own = plan.dropout or (0.0,) * (1 + len(plan.hidden))
+    drops = own if dropout is None else (dropout,) * len(own)
+    if not (plan.convolutions or input_dropout):
+        drops = (0.0, *drops[1:])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        body, shape = _convolutions(convolutions, input_shape, activation, bias)
-        drops = [dropout] * (1 + len(hidden))
-        if not (convolutions or input_dropout):
-            drops[0] = 0.0
-        head = _dense(math.prod(shape), (*hidden, classes), activation, drops, bias)
+        body, shape = _convolutions(plan, input_shape, activation, bias)
+        head = _dense(math.prod(shape), (*plan.hidden, classes), activation, drops, bias)
         model = nn.Sequential(*body, nn.Flatten(), *head)
-        if init == "he":
-            _init_he(model)
-        return model
+        if init != "torch":
+            _initialise(model, init)
+    if untied:
+        untie(model, tuple(input_shape))
+    return model
 
 
-def _layers(
-    name: str, input_shape: Sequence[int]
-) -> tuple[tuple[tuple[int, int, int], ...], tuple[int, ...]]:
-    """The convolutions and the hidden fully connected layers that a name stands for."""
+def _plan(name: str, input_shape: Sequence[int]) -> _Plan:
+    """The net that a name stands for."""
+    if name == "simpnet":
+        if len(input_shape) != 3:
+            raise ValueError(
+                "model simpnet is made for images of shape (channels, height, width), "
+                f"got {tuple(input_shape)}."
+            )
+        return _SIMPNET
     if name == "conv-pepita":
         if len(input_shape) != 3 or min(input_shape[1:]) < 6:
             raise ValueError(
                 "model conv-pepita is made for images of shape (channels, height, width) of 6 by 6 "
                 f"at least, got {tuple(input_shape)}."
             )
-        return ((32, 5, 0),), ()
+        return _CONV_PEPITA
     if name == "conv":
         channels = input_shape[0] if len(input_shape) == 3 else None
-        if channels not in _CONV_NETS:
+        if channels not in _CONV:
             raise ValueError(
                 "model conv is made for images of shape (1, height, width) or (3, height, width), "
                 f"got {tuple(input_shape)}."
             )
-        return _CONV_NETS[channels]
+        return _CONV[channels]
     match = re.fullmatch(r"fc([1-9]\d*)-([1-9]\d*)", name)
     if match is None:
         raise ValueError(f"model must be {MODEL_NAMES}, got {name!r}.")
-    return (), (int(match[2]),) * int(match[1])
+    return _Plan(hidden=(int(match[2]),) * int(match[1]))
 
 
 def _convolutions(
-    convolutions: Sequence[tuple[int, int, int]],
-    input_shape: Sequence[int],
-    activation: str,
-    bias: bool,
+    plan: _Plan, input_shape: Sequence[int], activation: str, bias: bool
 ) -> tuple[list[nn.Module], tuple[int, ...]]:
     """The convolutional part, and the shape of what leaves it."""
     layers: list[nn.Module] = []
     shape = tuple(input_shape)
-    for maps, kernel, padding in convolutions:
+    window, stride, margin = plan.pool
+    for maps, kernel, padding in plan.convolutions:
         channels, height, width = shape
         layers += [
             nn.Conv2d(channels, maps, kernel, padding=padding, bias=bias),
             ACTIVATIONS[activation](),
-            nn.MaxPool2d(2),
+            nn.MaxPool2d(window, stride, margin),
         ]
-        shrink = kernel - 1 - 2 * padding
-        shape = (maps, (height - shrink) // 2, (width - shrink) // 2)
+        shrink = kernel - 1 - 2 * padding + window - 2 * margin
+        shape = (maps, (height - shrink) // stride + 1, (width - shrink) // stride + 1)
     return layers, shape
 
 
@@ -151,9 +201,12 @@ def _dense(
     return layers[:-1]  # without the last layer's activation
 
 
-def _init_he(model: nn.Sequential) -> None:
+def _initialise(model: nn.Sequential, init: str) -> None:
     for layer in model:
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_uniform_(layer.weight)  # gain √2: ±√(6 / fan_in)
+            if init == "he":
+                nn.init.kaiming_uniform_(layer.weight)  # gain √2: ±√(6 / fan_in)
+            else:
+                nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import bpfree_kernels as kernels
+from bpfree.stages import Layer
 from bpfree_kernels.update import UpdateRule
 
 _NO_STATE = kernels.ParamState()
@@ -42,13 +43,11 @@ class Updates(ABC):
     def deliver(self, param: Tensor, grad: Tensor) -> None:
         """Hand over the gradient of a parameter; one that does not learn drops it."""
 
-    def wants_any(self, layer: nn.Linear | nn.Conv2d) -> bool:
+    def wants_any(self, layer: Layer) -> bool:
         """Whether the weight or the bias of a layer learns."""
         return self.wants(layer.weight) or (layer.bias is not None and self.wants(layer.bias))
 
-    def deliver_layer(
-        self, layer: nn.Linear | nn.Conv2d, of_weight: Tensor | None, of_bias: Tensor | None
-    ) -> None:
+    def deliver_layer(self, layer: Layer, of_weight: Tensor | None, of_bias: Tensor | None) -> None:
         """Hand over the gradients of a layer's weight and bias, those that there are."""
         if of_weight is not None:
             self.deliver(layer.weight, of_weight)

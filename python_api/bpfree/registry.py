@@ -12,12 +12,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from bpfree.plain import PlainDRTP, PlainPEPITA
+from bpfree.plain import PlainDRTP, PlainPEPITA, PlainURFB
 from bpfree.rules.base import Learner
 from bpfree.rules.bp import BP
 from bpfree.rules.drtp import DRTP
 from bpfree.rules.pepita import PEPITA
 from bpfree.rules.shallow import Shallow
+from bpfree.rules.urfb import FRFB, URFB
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 """Optimizers by name."""
@@ -55,6 +56,7 @@ class Rule:
         lr: default learning rate, for Adam.
         demo_lr: learning rate (Adam) for the demo's small net and data, picked among a few by its test
             accuracy: the demo illustrates, it is no benchmark of accuracy.
+        connectivity: whether the learner takes a share of connections, ``connectivity=``.
         plain: makes the plain-PyTorch formulation for the model and the feedback of a learner;
             ``None`` for baselines, which are plain PyTorch themselves.
     """
@@ -65,6 +67,31 @@ class Rule:
     lr: float
     demo_lr: float
     plain: Callable[[Learner, nn.Sequential, torch.optim.Optimizer], PlainStep] | None = None
+    connectivity: bool = False
+
+    def make(
+        self,
+        model: nn.Sequential,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: str,
+        seed: int,
+        connectivity: float,
+    ) -> Learner:
+        """Make a learner.
+
+        Raises:
+            ValueError: a connectivity other than 1 for a rule that has none; else as the learner.
+        """
+        if self.connectivity:
+            sparse = cast(type[URFB], self.learner)
+            return sparse(model, optimizer, loss=loss, seed=seed, connectivity=connectivity)
+        if connectivity != 1:
+            raise ValueError(
+                f"connectivity has no meaning for {self.title}, only for "
+                f"{', '.join(rule.title for rule in RULES.values() if rule.connectivity)}."
+            )
+        return self.learner(model, optimizer, loss=loss, seed=seed)
 
 
 def _plain_drtp(
@@ -88,10 +115,21 @@ def _plain_pepita(
     )
 
 
+def _plain_urfb(
+    learner: Learner, model: nn.Sequential, optimizer: torch.optim.Optimizer
+) -> PlainStep:
+    urfb = cast(URFB, learner)
+    return PlainURFB(
+        model, urfb.feedback, optimizer, urfb.loss, learns_feedback=urfb.learns_feedback
+    )
+
+
 # Learning rates: the DRTP paper's for its fully connected nets.
 RULES = {
     "drtp": Rule("DRTP", DRTP, "bce", 1.5e-4, 1e-3, _plain_drtp),
     "pepita": Rule("PEPITA", PEPITA, "ce", 1.5e-4, 3e-4, _plain_pepita),
+    "urfb": Rule("URFB", URFB, "hinge", 1.5e-4, 1e-3, _plain_urfb, connectivity=True),
+    "frfb": Rule("FRFB", FRFB, "hinge", 1.5e-4, 1e-3, _plain_urfb, connectivity=True),
     "shallow": Rule("Shallow", Shallow, "bce", 1.5e-4, 1e-3),
     "bp": Rule("BP", BP, "ce", 1.5e-4, 1e-3),
 }

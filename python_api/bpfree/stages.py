@@ -19,14 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.nn import LocallyConnected2d, SaturatedLinear
 from bpfree_kernels.activations import resolve_activation
+from bpfree_kernels.reference.activations import activate
+
+Layer = nn.Linear | nn.Conv2d | LocallyConnected2d
+"""What can learn."""
 
 PASSED_THROUGH = (nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.Dropout, nn.Dropout2d)
 """Modules that run as they are between the layers; nothing in them learns."""
 
 SUPPORTED = (
-    "Sequential, Linear, Conv2d, Flatten, MaxPool2d, AvgPool2d, Dropout, Dropout2d, Identity, "
-    "ReLU, LeakyReLU, Tanh, Sigmoid, Hardtanh(-1, 1)"
+    "Sequential, Linear, Conv2d, bpfree.nn.LocallyConnected2d, Flatten, MaxPool2d, AvgPool2d, "
+    "Dropout, Dropout2d, Identity, ReLU, LeakyReLU, Tanh, Sigmoid, Hardtanh(-1, 1), "
+    "bpfree.nn.SaturatedLinear"
 )
 """Every module that a model may consist of, for error messages."""
 
@@ -49,7 +55,7 @@ class Stage:
 
     name: str
     position: int
-    layer: nn.Linear | nn.Conv2d
+    layer: Layer
     activation: str
     slope: float | None
     activation_module: nn.Module | None
@@ -66,6 +72,12 @@ class Stage:
         if module is None:
             return z
         return cast(Tensor, module.forward(z.clone() if getattr(module, "inplace", False) else z))
+
+    def gate(self, signal: Tensor, z: Tensor) -> Tensor:
+        """signal ⊙ f′(z), shaped like both."""
+        if self.activation == "identity":
+            return signal
+        return signal * activate(z, self.activation, self.slope or 0.0)[1]
 
     def leave(self, y: Tensor) -> Tensor:
         """Run the modules between this layer's output and the next layer."""
@@ -157,7 +169,7 @@ def parse(model: nn.Module) -> Network:
     if not _is_sequential(model):
         raise TypeError(f"model must be a torch.nn.Sequential, got {type(model).__name__}.")
     modules = [(n, m) for n, m in _leaves(model, "") if type(m) is not nn.Identity]
-    starts = [i for i, (_, m) in enumerate(modules) if isinstance(m, nn.Linear | nn.Conv2d)]
+    starts = [i for i, (_, m) in enumerate(modules) if isinstance(m, Layer)]
     if not starts or not isinstance(modules[-1][1], nn.Linear):
         ending = f"ends in {_label(*modules[-1])}" if modules else "is empty"
         raise ValueError(
@@ -200,8 +212,8 @@ def _label(name: str, module: nn.Module) -> str:
 def _check_module(name: str, module: nn.Module) -> None:
     """Refuse what a learner cannot run."""
     kind = type(module)  # exact: a subclass may compute anything
-    if kind is nn.Linear or kind is nn.Conv2d:
-        _check_layer(name, cast(nn.Linear | nn.Conv2d, module))
+    if kind in (nn.Linear, nn.Conv2d, LocallyConnected2d):
+        _check_layer(name, cast(Layer, module))
     elif kind is nn.MaxPool2d:
         if cast(nn.MaxPool2d, module).return_indices:
             raise ValueError(f"module {_label(name, module)} must not return indices.")
@@ -209,11 +221,16 @@ def _check_module(name: str, module: nn.Module) -> None:
         _activation(name, module)
 
 
-def _check_layer(name: str, layer: nn.Linear | nn.Conv2d) -> None:
+def _check_layer(name: str, layer: Layer) -> None:
     if not isinstance(layer.weight, nn.Parameter):
         raise TypeError(
             f"the weight of module {_label(name, layer)} must be a torch.nn.Parameter, "
             f"got {type(layer.weight).__name__}."
+        )
+    if isinstance(layer, LocallyConnected2d) and layer.input_size is None:
+        raise ValueError(
+            f"module {_label(name, layer)} has no input_size yet: give it one, or run a batch through "
+            "the model first."
         )
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         raise ValueError(
@@ -239,6 +256,8 @@ def _activation(name: str, module: nn.Module) -> tuple[str, float | None]:
                 f"got {module.negative_slope}."
             )
         return resolve_activation("leaky_relu", module.negative_slope)
+    if isinstance(module, SaturatedLinear) and kind is SaturatedLinear:
+        return resolve_activation("hardtanh", module.slope)
     if isinstance(module, nn.Hardtanh) and kind is nn.Hardtanh:
         if (module.min_val, module.max_val) != (-1, 1):
             raise ValueError(
@@ -262,7 +281,7 @@ def _make_stage(position: int, modules: list[tuple[str, nn.Module]]) -> Stage:
     return Stage(
         name,
         position,
-        cast(nn.Linear | nn.Conv2d, layer),
+        cast(Layer, layer),
         *activation,
         activation_module,
         tuple(module for _, module in after),
@@ -273,7 +292,7 @@ def _refuse_activations(modules: list[tuple[str, nn.Module]]) -> None:
     for name, module in modules:
         if type(module) not in PASSED_THROUGH:
             raise ValueError(
-                f"activation {_label(name, module)} must follow a Linear or Conv2d directly, "
+                f"activation {_label(name, module)} must follow a layer directly, "
                 "because the rules take its slope at that layer's output; pool, drop and flatten "
                 "after it."
             )
@@ -311,6 +330,12 @@ def _trace_layer(stage: Stage, x: Tensor, shape: tuple[int, ...]) -> Tensor:
                 f"{sample}: {layer} needs {layer.in_features} features, but gets {arrives}."
             )
         return x.new_empty(1, layer.out_features)
+    if isinstance(layer, LocallyConnected2d):
+        wanted = (layer.in_channels, *(layer.input_size or ()))
+        if arrives != wanted:
+            raise ValueError(f"{sample}: {layer} needs a map of {wanted}, but gets {arrives}.")
+        rows, columns = layer.weight.shape[:2]
+        return x.new_empty(1, layer.out_channels, rows, columns)
     if len(arrives) != 3 or arrives[0] != layer.in_channels:
         raise ValueError(
             f"{sample}: {layer} needs a map of ({layer.in_channels}, height, width), "

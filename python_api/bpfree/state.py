@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bpfree.losses import describe
+
 if TYPE_CHECKING:
     from bpfree.rules.base import Learner
 
@@ -16,16 +18,17 @@ def state_dict(learner: Learner) -> dict[str, Any]:
     """The state of a learner, with references to its tensors, as torch's own state dicts have them.
 
     Returns:
-        ``rule`` and ``loss``, their names; ``seed``; ``model`` and ``optimizer``, torch's state
-        dicts (``None`` without an optimizer); ``feedback``, tensors by name; ``generators``, states
-        of the rule's own random generators by name.
+        ``rule`` and ``loss``, as text; ``seed``; ``model`` and ``optimizer``, torch's state
+        dicts (``None`` without an optimizer); ``feedback`` and ``buffers``, tensors by name;
+        ``generators``, states of the rule's own random generators by name.
     """
     return {
         "rule": learner.rule,
-        "loss": learner.loss,
+        "loss": describe(learner.loss),
         "seed": learner.seed,
         "model": learner.model.state_dict(),
         "feedback": dict(learner.feedback),
+        "buffers": learner.buffers,
         "generators": {name: g.get_state() for name, g in learner.generators.items()},
         "optimizer": None if learner.optimizer is None else learner.optimizer.state_dict(),
     }
@@ -40,16 +43,15 @@ def load_state_dict(learner: Learner, saved: dict[str, Any]) -> None:
         ValueError: a state of another rule, loss, model or optimizer, or one with other shapes;
             nothing has changed then.
     """
-    missing = {"rule", "loss", "seed", "model", "feedback", "optimizer"} - set(saved)
+    missing = {"rule", "loss", "seed", "model", "feedback", "buffers", "optimizer"} - set(saved)
     if missing:
         raise ValueError(f"state lacks {', '.join(sorted(missing))}.")
-    for name in ("rule", "loss"):
-        if saved[name] != getattr(learner, name):
-            raise ValueError(
-                f"state has {name} {saved[name]!r}, but the learner has {getattr(learner, name)!r}."
-            )
+    for name, wanted in (("rule", learner.rule), ("loss", describe(learner.loss))):
+        if saved[name] != wanted:
+            raise ValueError(f"state has {name} {saved[name]!r}, but the learner has {wanted!r}.")
     _check_tensors("model", saved["model"], learner.model.state_dict())
     learner.check_feedback(saved["feedback"])
+    learner.check_buffers(saved["buffers"])
     _check_generators(saved["generators"], learner.generators)
     if learner.optimizer is not None:
         _check_optimizer(saved["optimizer"], learner.optimizer)
@@ -58,6 +60,7 @@ def load_state_dict(learner: Learner, saved: dict[str, Any]) -> None:
     learner.model.load_state_dict(saved["model"])
     learner.seed = saved["seed"]  # feedback that waits for the first batch is drawn from it
     learner.take_feedback(saved["feedback"])
+    learner.take_buffers(saved["buffers"])
     for name, generator in learner.generators.items():
         generator.set_state(saved["generators"][name])
 

@@ -62,7 +62,8 @@ class Follower(Protocol):
 class TrainConfig:
     """What to train and how: the options of ``bpfree train``, every default filled in.
 
-    ``None`` is left only where torch has the default: `momentum`, `weight_decay`, `threads`.
+    ``None`` is left only where torch has the default (`momentum`, `weight_decay`, `threads`) or the
+    model (`activation`, `dropout`, `bias`, `init`).
     """
 
     rule: str
@@ -75,16 +76,18 @@ class TrainConfig:
     momentum: float | None
     weight_decay: float | None
     loss: str
-    activation: str
-    dropout: float
+    activation: str | None
+    dropout: float | None
     standardize: bool
     seed: int
     device: str
     threads: int | None
     lr_drops: tuple[int, ...] = ()
     input_dropout: bool = True
-    bias: bool = True
-    init: str = "torch"
+    bias: bool | None = None
+    init: str | None = None
+    untied: bool = False
+    connectivity: float = 1.0
     diagnostics: bool = False
 
     @classmethod
@@ -170,14 +173,20 @@ class TrainRun:
             input_dropout=config.input_dropout,
             bias=config.bias,
             init=config.init,
+            untied=config.untied,
         ).to(device)
         optimizer = make_optimizer(
             model.parameters(), config.optimizer, config.lr, config.momentum, config.weight_decay
         )
         drops = list(config.lr_drops)
         self._scheduler = MultiStepLR(optimizer, drops, gamma=0.1) if drops else None
-        make_learner = find_rule(config.rule).learner
-        self.learner = make_learner(model, optimizer, loss=config.loss, seed=config.seed)
+        self.learner = find_rule(config.rule).make(
+            model,
+            optimizer,
+            loss=config.loss,
+            seed=config.seed,
+            connectivity=config.connectivity,
+        )
         self._diagnostics = RunDiagnostics(self.learner) if config.diagnostics else None
         self.history: list[EpochResult] = self._resume() if resume else []
         self._make_out()  # last, so that a refused run leaves nothing behind

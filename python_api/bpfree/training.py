@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import seeds
-from bpfree.losses import batch_loss
+from bpfree.losses import Loss, batch_loss, check_loss
 from bpfree.results import BatchInfo, EpochResult, EvalResult
 from bpfree_kernels import checks
 
@@ -87,19 +87,20 @@ def fit(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loss: str, data: Data, batch_size: int = 1000) -> EvalResult:
+def evaluate(model: nn.Module, loss: Loss, data: Data, batch_size: int = 1000) -> EvalResult:
     """Loss and accuracy of a model, in evaluation mode; its modes are as before afterwards.
 
     Args:
         model: gives logits, [batch, classes].
-        loss: name of the loss.
+        loss: name of the loss, or a `bpfree.nn.MultiClassHingeLoss` that takes the mean.
         data: a pair of tensors, or an iterable of batches; batches go to the model's device.
         batch_size: samples per batch, for tensors.
 
     Raises:
         IndexError: a label out of range, on the CPU.
-        TypeError, ValueError: as `fit`.
+        TypeError, ValueError: as `fit`; ValueError also for an unknown loss.
     """
+    check_loss(loss)
     totals = None
     with _mode(model, training=False):
         for x, y in _Batches(model, data, batch_size, None):

@@ -76,3 +76,13 @@ def assert_close(model: nn.Module, wanted: nn.Module, tolerance: float = 1e-12) 
         torch.testing.assert_close(
             got, want, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def hinge(logits: Tensor, y: Tensor, margin: float = 1.0, off_class: float | None = None) -> Tensor:
+    """Multi-class hinge loss of each sample by relu, which drops the gradient on a threshold."""
+    samples, classes = logits.shape
+    off_class = 1 / max(classes - 1, 1) if off_class is None else off_class
+    own = torch.relu(margin - logits[range(samples), y])
+    others = torch.relu(margin + logits)
+    others = others.masked_fill(torch.arange(classes) == y[:, None], 0)
+    return own + off_class * others.sum(1)

@@ -83,7 +83,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert [r._replace(**timing) for r in results] == [r._replace(**timing) for r in history]
 
 
-@pytest.mark.parametrize("rule", [bpfree.DRTP, bpfree.PEPITA, bpfree.Shallow, bpfree.BP])
+@pytest.mark.parametrize(
+    "rule",
+    [bpfree.DRTP, bpfree.PEPITA, bpfree.URFB, bpfree.FRFB, bpfree.Shallow, bpfree.BP],
+)
 def test_state_of_every_rule_round_trips(rule: type, tmp_path: Path) -> None:
     learner, other = make_learner(rule=rule), make_learner(rule=rule, seed=4)
     learner.step(*dense_batch())

@@ -131,6 +131,30 @@ def test_learning_rate_drops_that_are_no_epochs(epochs: str, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_with_the_hinge_loss_resumes(tmp_path: Path) -> None:
+    options = ["--rule", "bp", "--loss", "hinge", "--lr", "0.01"]
+    assert train(tmp_path, *options, "--epochs", "1").exit_code == 0
+    resumed = train(tmp_path, *options, "--epochs", "2", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["config"]["loss"] == "hinge"
+    assert metrics["history"][1]["train_loss"] < metrics["history"][0]["train_loss"]
+
+
+def test_untied_urfb_with_half_the_connections_resumes(tmp_path: Path) -> None:
+    options = ["--rule", "urfb", "--model", "simpnet", "--untied", "--connectivity", "0.5"]
+    options += ["--optimizer", "sgd", "--momentum", "0.5", "--lr", "0.1"]
+    assert train(tmp_path / "whole", *options, "--epochs", "2").exit_code == 0
+    for epochs in ("1", "2"):
+        resume = ["--resume"] if epochs == "2" else []
+        run = train(tmp_path / "parts", *options, "--epochs", epochs, *resume)
+        assert run.exit_code == 0, run.output
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole["0.weight"].dim() == 6
+    assert (whole["0.weight"] == 0).double().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     train(tmp_path, "--epochs", "1")
     before = weights(tmp_path)
@@ -214,7 +238,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_too(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--rule", "magic"], "rule must be one of drtp, pepita, shallow, bp"),
+        (["--rule", "magic"], "rule must be one of drtp, pepita, urfb, frfb, shallow, bp"),
         (["--model", "vgg"], "model must be fc<L>-<H>"),
         (["--data", "svhn"], "data set must be one of digits, mnist"),
         (
@@ -227,6 +251,9 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_too(
         (["--momentum", "0.9"], "momentum has no meaning for adam, only for sgd"),
         (["--dropout", "1"], "dropout must lie in [0, 1), got 1.0"),
         (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+        (["--untied"], "untied needs a model with convolutions, got 'fc1-16'"),
+        (["--connectivity", "0.5"], "connectivity has no meaning for DRTP, only for URFB, FRFB"),
+        (["--rule", "urfb", "--connectivity", "0"], "connectivity must lie in (0, 1], got 0.0"),
     ],
 )
 def test_a_mistake_gets_one_sentence(

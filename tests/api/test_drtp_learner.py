@@ -33,7 +33,7 @@ def assert_same_grads(got: nn.Module, wanted: nn.Module) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", ["bce", "ce", "mse"])
+@pytest.mark.parametrize("loss", ["bce", "ce", "mse", "hinge"])
 @pytest.mark.parametrize("net", NETS)
 def test_gradients_are_those_of_plain_pytorch(net: str, loss: str) -> None:
     make, make_batch = NETS[net]
@@ -325,8 +325,8 @@ class TestErrorsChangeNothing:
 
 class TestArguments:
     def test_loss(self) -> None:
-        with pytest.raises(ValueError, match="loss must be one of ce, bce, mse, got 'hinge'"):
-            bpfree.DRTP(dense(), loss="hinge")
+        with pytest.raises(ValueError, match="loss must be one of ce, bce, mse, hinge, got 'nll'"):
+            bpfree.DRTP(dense(), loss="nll")
 
     def test_backend(self) -> None:
         with pytest.raises(ValueError, match="backend must be one of"):

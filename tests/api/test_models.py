@@ -50,6 +50,48 @@ def test_conv_net_of_the_pepita_paper(image: tuple[int, ...], features: int) -> 
     assert model(torch.randn(2, *image)).shape == (2, 10)
 
 
+@pytest.mark.parametrize(
+    ("image", "pooled"), [((1, 28, 28), 14), ((3, 32, 32), 16), ((1, 8, 8), 4), ((1, 7, 9), 4)]
+)
+def test_simpnet_of_the_urfb_paper(image: tuple[int, ...], pooled: int) -> None:
+    """32 filters of 5×5, pooling of 3×3 around every second pixel, 500 units; no biases."""
+    model = build_model("simpnet", image, 10)
+    dense = ["Dropout", "Linear"]
+    block = ["Conv2d", "SaturatedLinear", "MaxPool2d", "Flatten"]
+    assert kinds(model) == [*block, *dense, "SaturatedLinear", *dense]
+    columns = (image[2] + 1) // 2
+    assert [tuple(p.shape) for p in model.parameters()] == [
+        (32, image[0], 5, 5), (500, 32 * pooled * columns), (10, 500),
+    ]  # fmt: skip
+    assert [layer.p for layer in model if isinstance(layer, nn.Dropout)] == [0.8, 0.3]
+    assert model(torch.randn(2, *image)).shape == (2, 10)
+    for weight, fans in zip(
+        model.parameters(), (25 * (image[0] + 32), 32 * pooled * columns + 500, 510), strict=True
+    ):
+        bound = (6 / fans) ** 0.5
+        assert 0.98 * bound < weight.abs().max() <= bound
+
+
+def test_simpnet_can_be_had_otherwise() -> None:
+    model = build_model(
+        "simpnet", (1, 8, 8), 10, activation="relu", dropout=0.0, bias=True, init="torch"
+    )
+    assert kinds(model) == [
+        "Conv2d", "ReLU", "MaxPool2d", "Flatten", "Linear", "ReLU", "Linear",
+    ]  # fmt: skip
+    assert all(layer.bias is not None for layer in model if hasattr(layer, "weight"))
+
+
+@pytest.mark.parametrize("name", ["simpnet", "conv", "conv-pepita"])
+def test_untied_models_start_as_the_tied_ones(name: str) -> None:
+    tied = build_model(name, (3, 9, 8), 10, seed=3).eval()
+    untied = build_model(name, (3, 9, 8), 10, seed=3, untied=True).eval()
+    assert "Conv2d" not in kinds(untied)
+    assert kinds(untied).count("LocallyConnected2d") == kinds(tied).count("Conv2d")
+    x = torch.randn(2, 3, 9, 8)
+    torch.testing.assert_close(untied(x), tied(x), rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_of_the_hidden_layers_only() -> None:
     model = build_model("fc2-30", (8,), 10, dropout=0.25, input_dropout=False)
     assert kinds(model) == [
@@ -106,7 +148,9 @@ def test_weights_are_pytorchs_default_initialisation() -> None:
 
 @pytest.mark.parametrize("name", ["fc", "fc0-10", "fc1-0", "fc1-", "resnet", "fc1-10x", ""])
 def test_unknown_name_is_refused_with_the_names_that_exist(name: str) -> None:
-    with pytest.raises(ValueError, match=r"model must be fc<L>-<H> .*conv or conv-pepita, got"):
+    with pytest.raises(
+        ValueError, match=r"model must be fc<L>-<H> .*, conv-pepita or simpnet, got"
+    ):
         build_model(name, (1, 8, 8), 10)
 
 
@@ -115,8 +159,8 @@ def test_bad_arguments_are_refused() -> None:
         build_model("fc1-10", (8,), 10, activation="swish")
     with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1.0"):
         build_model("fc1-10", (8,), 10, dropout=1.0)
-    with pytest.raises(ValueError, match="init must be one of torch, he, got 'glorot'"):
-        build_model("fc1-10", (8,), 10, init="glorot")
+    with pytest.raises(ValueError, match="init must be one of torch, he, glorot, got 'lecun'"):
+        build_model("fc1-10", (8,), 10, init="lecun")
     for shape in ((64,), (1, 5, 28)):
         with pytest.raises(ValueError, match=r"conv-pepita .* 6 by 6 at least, got"):
             build_model("conv-pepita", shape, 10)
@@ -124,3 +168,7 @@ def test_bad_arguments_are_refused() -> None:
         build_model("conv", (2, 8, 8), 10)
     with pytest.raises(ValueError, match=r"images of shape .*, got \(64,\)"):
         build_model("conv", (64,), 10)
+    with pytest.raises(ValueError, match=r"model simpnet .* got \(64,\)"):
+        build_model("simpnet", (64,), 10)
+    with pytest.raises(ValueError, match="untied needs a model with convolutions, got 'fc1-10'"):
+        build_model("fc1-10", (1, 8, 8), 10, untied=True)

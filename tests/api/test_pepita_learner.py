@@ -40,7 +40,7 @@ def compare(
 
 
 @pytest.mark.parametrize("samples", [2, 9])  # fewer than classes, and more
-@pytest.mark.parametrize("loss", ["bce", "ce", "mse"])
+@pytest.mark.parametrize("loss", ["bce", "ce", "mse", "hinge"])
 @pytest.mark.parametrize("net", NETS)
 def test_gradients_are_those_of_two_literal_passes(net: str, loss: str, samples: int) -> None:
     """P2, P3, P5, P6, P8: three layers, pooling, dropout, three channels."""

@@ -216,7 +216,7 @@ def test_frozen_convolutions_cost_no_gradient(monkeypatch: pytest.MonkeyPatch) -
         ({"presynaptic": "first"}, "presynaptic must be one of modulated, standard, got 'first'"),
         ({"output_error": "both"}, "output_error must be one of first, second, got 'both'"),
         ({"space": "max"}, "space must be one of mean, sqrt, sum, got 'max'"),
-        ({"loss": "hinge"}, "loss must be one of ce, bce, mse, got 'hinge'"),
+        ({"loss": "nll"}, "loss must be one of ce, bce, mse, hinge, got 'nll'"),
         ({"feedback": {"2": torch.zeros(12, 4)}}, "has '2', but PEPITA has feedback for 'input'"),
         ({"feedback": {"input": torch.zeros(4, 12)}}, r"must have shape \(12, 4\), got \(4, 12\)"),
         ({"input_shape": (13,)}, "layer '2'.*12 features.*13"),
@@ -277,11 +277,12 @@ def test_gradient_scale_is_public() -> None:
     z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     for loss in bpfree.LOSSES:
         (wanted,) = torch.autograd.grad(bpfree.losses.batch_loss(z, y, loss), z)
-        error = bpfree.losses.output_of(z, loss) - nn.functional.one_hot(y, 4)
+        eye = torch.eye(4, dtype=torch.float64)
+        error = bpfree_kernels.classifier_forward(z, eye, None, y, loss=loss).error
         got = error * bpfree_kernels.gradient_scale(loss, 6, 4)
         torch.testing.assert_close(got, wanted, msg=loss)
     with pytest.raises(ValueError, match="loss must be one of"):
-        bpfree_kernels.gradient_scale("hinge", 6, 4)
+        bpfree_kernels.gradient_scale("nll", 6, 4)
     with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
         bpfree_kernels.gradient_scale("ce", 0, 4)
 

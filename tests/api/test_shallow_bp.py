@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import assert_close, assert_equal, conv, conv_batch, dense, dense_batch, snapshot
+from nets import assert_close, assert_equal, conv, conv_batch, dense, dense_batch, hinge, snapshot
 from torch import Tensor, nn
 
 import bpfree
@@ -21,12 +21,14 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": F.cross_entropy,
     "bce": lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 4).to(z)),
     "mse": lambda z, y: F.mse_loss(z, F.one_hot(y, 4).to(z)),
+    "hinge": lambda z, y: hinge(z, y).mean(),
 }
 
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "ce": lambda z: z.softmax(1),
     "bce": torch.sigmoid,
     "mse": lambda z: z,
+    "hinge": lambda z: z,
 }
 
 

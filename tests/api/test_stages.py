@@ -7,6 +7,7 @@ import torch
 from nets import conv, dense
 from torch import nn
 
+from bpfree.nn import LocallyConnected2d, SaturatedLinear
 from bpfree.stages import parse
 
 
@@ -53,6 +54,36 @@ def test_layers_without_activation_are_linear() -> None:
     network = parse(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
     assert network.hidden[0].activation == "identity"
     assert network.hidden[0].activation_module is None
+
+
+def test_saturated_linear_is_hardtanh_with_a_slope() -> None:
+    network = parse(nn.Sequential(nn.Linear(3, 4), SaturatedLinear(0.5), nn.Linear(4, 2)))
+    assert (network.hidden[0].activation, network.hidden[0].slope) == ("hardtanh", 0.5)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [SaturatedLinear(0.5), nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.LeakyReLU(0.2), nn.Identity()],
+    ids=str,
+)
+def test_a_gate_is_the_derivative(module: nn.Module) -> None:
+    (stage,) = parse(nn.Sequential(nn.Linear(3, 4), module, nn.Linear(4, 2))).hidden
+    z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    signal = torch.randn(5, 4, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(module(z), z, signal)
+    torch.testing.assert_close(stage.gate(signal, z.detach()), wanted, rtol=1e-13, atol=0)
+
+
+def test_locally_connected_layers_are_stages() -> None:
+    model = nn.Sequential(
+        LocallyConnected2d(3, 4, 3, stride=2, input_size=(9, 8)), nn.ReLU(), nn.Flatten(),
+        nn.Linear(48, 2),
+    )  # fmt: skip
+    network = parse(model)
+    assert network.hidden[0].layer is model[0]
+    assert network.trace((3, 9, 8)) == {"0": (4, 4, 3), "3": (2,)}
+    with pytest.raises(ValueError, match=r"layer '0'.*map of \(3, 9, 8\), but gets \(3, 8, 9\)"):
+        network.trace((3, 8, 9))
 
 
 def test_trace_gives_maps_before_pooling() -> None:

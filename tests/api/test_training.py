@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from nets import assert_equal, dense, dense_batch, snapshot
+from nets import assert_equal, dense, dense_batch, hinge, snapshot
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -211,7 +211,7 @@ class TestFit:
 
 
 class TestEvaluate:
-    @pytest.mark.parametrize("loss", ["bce", "ce", "mse"])
+    @pytest.mark.parametrize("loss", ["bce", "ce", "mse", "hinge"])
     def test_is_the_mean_over_samples(self, loss: str) -> None:
         x, y = dense_batch(11)
         learner = bpfree.DRTP(dense(dropout=0.5), loss=loss)
@@ -222,6 +222,7 @@ class TestEvaluate:
             "bce": nn.functional.binary_cross_entropy_with_logits(logits, one_hot),
             "ce": nn.functional.cross_entropy(logits, y),
             "mse": nn.functional.mse_loss(logits, one_hot),
+            "hinge": hinge(logits, y).mean(),
         }[loss].item()
         assert whole.loss == pytest.approx(wanted, rel=1e-12)
         assert parts.loss == pytest.approx(wanted, rel=1e-12)

@@ -40,6 +40,45 @@ def _difference() -> Arguments:
     return {"z": z, "change": change, "basis": basis, "activation": "tanh"}
 
 
+def _max_pool() -> Arguments:
+    y = torch.randn(2, 3, 4, 5)
+    return {"y": y, "kernel_size": 2, "change": y.cos()}
+
+
+def _local_conv(*names: str, **others: Any) -> Arguments:
+    """The tensors named and the geometry: 3 × 2 to 2 × 1 maps, 7 to 6 channels."""
+    case = cases.local_conv_case()
+    place = {name: value for name, value in case.options.items() if name != "scale"}
+    return {**{name: case.tensors[name] for name in names}, **place, **others}
+
+
+def _local_conv_feedback() -> Arguments:
+    gate = torch.randn(5, 7, 3, 2)
+    return _local_conv("signal", "weight", input_size=(3, 2), gate=gate, activation="tanh")
+
+
+def _local_conv_step() -> Arguments:
+    arguments = _learning(_local_conv("signal", "x", "weight", "bias"))
+    feedback = torch.randn_like(arguments["weight"])
+    return {
+        **arguments,
+        "feedback": feedback,
+        "feedback_state": arguments["update"].new_param_state(feedback),
+        "weight_mask": feedback > 0,
+        "feedback_mask": feedback < 0.5,
+    }
+
+
+def _local_conv_grad() -> Arguments:
+    arguments = _local_conv("signal", "x", "weight", "bias")
+    return {**arguments, "mask": arguments["weight"] > 0}
+
+
+def _differentiable() -> Arguments:
+    arguments = _local_conv("x", "weight", "bias")
+    return {**arguments, "mask": arguments["weight"] > 0}
+
+
 def _learning(arguments: Arguments) -> Arguments:
     rule = bk.Adam(0.1)
     state = rule.new_state(arguments["weight"], arguments["bias"])
@@ -73,6 +112,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
     "pepita_linear_step": (bk.pepita_linear_step, lambda: _learning(_pepita())),
     "pepita_linear_grad": (bk.pepita_linear_grad, _pepita),
     "pepita_difference": (bk.pepita_difference, _difference),
+    "pepita_max_pool": (bk.pepita_max_pool, _max_pool),
+    "local_conv": (bk.local_conv, _differentiable),
+    "local_conv_forward": (
+        bk.local_conv_forward, lambda: _local_conv("x", "weight", "bias", activation="tanh")
+    ),
+    "local_conv_feedback": (bk.local_conv_feedback, _local_conv_feedback),
+    "local_conv_step": (bk.local_conv_step, _local_conv_step),
+    "local_conv_grad": (bk.local_conv_grad, _local_conv_grad),
     "apply_update": (bk.apply_update, _update),
-}
+}  # fmt: skip
 """Every public function, with arguments that are right for it."""

@@ -1,13 +1,9 @@
-"""What the tests run on: layers with inputs, update rules, snapshots.
-
-A `LayerCase` holds the arguments of one layer op and knows the float64 formula, the plain PyTorch
-formula and the library's functions for it, so that one test serves every family of layers.
-"""
+"""What the tests run on: layers with inputs, update rules, snapshots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +12,9 @@ from torch import Tensor
 
 import bpfree_kernels as bk
 
-from . import golden, golden_pepita, plain
+from . import golden, golden_local_conv, golden_pepita, plain
 from .golden import Array, Rule
-from .tolerances import check, to_numpy
+from .layer_case import LayerCase
 
 SHAPES = [
     (1, 1, 1, 1), (5, 7, 6, 3), (3, 17, 1, 2), (2, 1, 17, 3), (33, 50, 31, 10), (64, 48, 24, 3),
@@ -42,9 +38,6 @@ SMALL = (5, 7, 6, 3)
 
 KINKED = ("relu", "leaky_relu", "hardtanh", "sign")
 """Activations with a jump in f′: near it, rounding z differently is a different gradient."""
-
-SAMPLES = ("x", "labels", "post", "pre", "z", "change", "mask")
-"""Names of what a layer op takes for each sample, with the batch as first dimension."""
 
 RULES = {
     "sgd": Rule("sgd"),
@@ -72,100 +65,6 @@ def _normal(rng: np.random.Generator, *shape: int) -> Array:
 def _grid(rng: np.random.Generator, *shape: int) -> Array:
     """Multiples of 1/4 up to 1: their sums of products are exact in every dtype, kinks included."""
     return rng.integers(-4, 5, shape) / 4
-
-
-@dataclass
-class LayerCase:
-    """The arguments of a layer op, by name and in order, and what belongs to it.
-
-    Attributes:
-        tensors: weight, bias (or ``None``) and what the op reads, in the schema's order but for the
-            bias, which comes right after the weight as in the public functions.
-        options: keyword arguments of the op.
-        step_op, grad_op: the library's functions.
-        exact_fn, plain_fn: the float64 formula and the plain PyTorch formula.
-    """
-
-    tensors: dict[str, Tensor | None]
-    options: dict[str, Any]
-    step_op: Callable[..., Any]
-    grad_op: Callable[..., Any]
-    exact_fn: Callable[..., tuple[Array, ...]]
-    plain_fn: Callable[..., tuple[Tensor, ...]]
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight; always there."""
-        weight = self.tensors["weight"]
-        assert weight is not None
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias, if the layer has one."""
-        return self.tensors["bias"]
-
-    @property
-    def samples(self) -> dict[str, Tensor]:
-        """The tensors that hold one entry for each sample of the batch."""
-        found = ((name, self.tensors.get(name)) for name in SAMPLES)
-        return {name: tensor for name, tensor in found if tensor is not None}
-
-    @property
-    def input(self) -> str:
-        """The name of the layer's input, [batch, in]."""
-        return "x" if "x" in self.tensors else "pre"
-
-    def using(self, **tensors: Tensor | None) -> LayerCase:
-        """The same layer with other tensors."""
-        return replace(self, tensors={**self.tensors, **tensors})
-
-    def clone(self) -> LayerCase:
-        """The same layer with a weight and a bias of its own."""
-        bias = None if self.bias is None else self.bias.clone()
-        return self.using(weight=self.weight.clone(), bias=bias)
-
-    def step(
-        self, update: bk.SGD | bk.Adam, state: bk.LayerState | None = None,
-        backend: str | None = None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """The op that learns in place; returns its outputs."""
-        result = self.step_op(
-            **self.tensors, update=update, state=state, backend=backend, **self.options
-        )
-        return (result,) if isinstance(result, Tensor) else tuple(result or ())
-
-    def grad(self, backend: str | None = None, **gradients: Any) -> tuple[Tensor, ...]:
-        """The op that returns gradients: outputs, then those of weight and bias (if any)."""
-        *outputs, weight, bias = self.grad_op(
-            **self.tensors, backend=backend, **gradients, **self.options
-        )
-        if outputs and not isinstance(outputs[0], Tensor):
-            outputs = list(outputs[0])
-        assert (bias is None) == (self.bias is None)
-        return (*outputs, weight) if bias is None else (*outputs, weight, bias)
-
-    def exact(self) -> tuple[Array, ...]:
-        """What `grad` returns, in float64."""
-        arrays = [
-            None if t is None else t.cpu().numpy() if name == "labels" else to_numpy(t)
-            for name, t in self.tensors.items()
-        ]
-        return self._without_bias(self.exact_fn(*arrays, *self.options.values()))
-
-    def plain(self) -> tuple[Tensor, ...]:
-        """What `grad` returns, by plain PyTorch in the same dtype."""
-        return self._without_bias(self.plain_fn(*self.tensors.values(), *self.options.values()))
-
-    def _without_bias(self, results: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(results) if self.bias is not None else tuple(results)[:-1]
-
-    def check(self, results: Iterable[Tensor]) -> None:
-        """Compare outputs (and gradients, where there are any) with the formula."""
-        for index, (result, exact, by_torch) in enumerate(
-            zip(results, self.exact(), self.plain(), strict=False)
-        ):
-            check(f"result {index}", result, exact, by_torch)
 
 
 def drtp_case(
@@ -216,23 +115,48 @@ def classifier_case(
     device: str = "cpu",
     *,
     loss: str = "ce",
+    margin: float | None = None,
+    off_class: float | None = None,
     bias: bool = True,
     seed: int = 0,
 ) -> LayerCase:
-    """An output layer with the shape's third number as its number of classes."""
+    """An output layer with the shape's third number as its number of classes.
+
+    For ``hinge``, whose gradient jumps, inputs lie on a grid (see `KINKED`).
+    """
     batch, inputs, classes, _ = shape
     rng = np.random.default_rng(seed)
+    draw, spread = (_grid, 1.0) if loss == "hinge" else (_normal, max(inputs, 1) ** -0.5)
     arrays = {
-        "x": _normal(rng, batch, inputs),
-        "weight": _normal(rng, classes, inputs) * max(inputs, 1) ** -0.5,
-        "bias": _normal(rng, classes) if bias else None,
+        "x": draw(rng, batch, inputs),
+        "weight": draw(rng, classes, inputs) * spread,
+        "bias": draw(rng, classes) if bias else None,
     }
     tensors = _tensors(arrays, dtype, device)
     tensors["labels"] = torch.from_numpy(rng.integers(0, classes, batch)).to(device)
+    options = {"loss": loss, "margin": margin, "off_class": off_class}
     return LayerCase(
-        tensors, {"loss": loss}, bk.classifier_step, bk.classifier_grad,
-        golden.classifier, plain.classifier,
+        tensors, options, bk.classifier_step, bk.classifier_grad,
+        _classifier_exact, _classifier_plain,
     )  # fmt: skip
+
+
+def default_hinge(
+    classes: int, loss: str, margin: float | None, off_class: float | None
+) -> tuple[float, float]:
+    """Margin and weight of the other classes that the documentation promises; 0 for other losses."""
+    if loss != "hinge":
+        return 0.0, 0.0
+    promised = 1 / (classes - 1) if classes > 1 else 0.0
+    return 1.0 if margin is None else margin, promised if off_class is None else off_class
+
+
+def _classifier_exact(*args: Any) -> golden.Classifier:
+    return golden.classifier(*args[:-2], *default_hinge(len(args[1]), *args[-3:]))
+
+
+def _classifier_plain(*args: Any) -> plain.Classifier:
+    return plain.classifier(*args[:-2], *default_hinge(len(args[1]), *args[-3:]))
 
 
 def dense_case(
@@ -306,11 +230,36 @@ def _pepita_plain(*args: Any) -> plain.Layer:
     return plain.pepita_dense(*args[:-1], default_slope(*args[-2:]))
 
 
+def local_conv_case(
+    shape: tuple[int, int, int, int] = SMALL,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    bias: bool = True,
+    seed: int = 0,
+) -> LayerCase:
+    """A locally connected layer, 3 × 2 to 2 × 1 maps, that learns from a signal at its output units."""
+    batch, inputs, outputs, _ = shape
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "signal": _normal(rng, batch, outputs, 2, 1),
+        "x": _normal(rng, batch, inputs, 3, 2),
+        "weight": _normal(rng, 2, 1, 2, 2, inputs, outputs),
+        "bias": _normal(rng, 2, 1, outputs) if bias else None,
+    }
+    options = {"scale": -0.3, "stride": (2, 1), "padding": (1, 0), "dilation": 1, "groups": 1}
+    return LayerCase(
+        _tensors(arrays, dtype, device), options, bk.local_conv_step, bk.local_conv_grad,
+        golden_local_conv.gradients, plain.local_conv_gradients,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[..., LayerCase]] = {
     "drtp": drtp_case,
     "classifier": classifier_case,
     "dense": dense_case,
     "pepita": pepita_case,
+    "local_conv": local_conv_case,
 }
 """Every family of layers with a ``*_step`` and a ``*_grad`` op."""
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bpfree_kernels.activations import ACTIVATIONS
-from bpfree_kernels.triton import classifier, dense, drtp, pepita, update
+from bpfree_kernels.geometry import Geometry
+from bpfree_kernels.triton import classifier, dense, drtp, local_conv, pepita, pepita_pool, update
 from bpfree_kernels.update import UpdateArgs
 
 TARGETS = {
@@ -44,6 +45,9 @@ RULES = (
     UpdateArgs("sgd", 0.1, 0.9, 0.0, 0.0, 0.1, True, None),
     UpdateArgs("adamw", 0.1, 0.9, 0.999, 1e-8, 0.1, False, torch.empty((), device="meta")),
 )
+
+SAME_SIZE = Geometry(1, 1, 1, 1, 1, 1, 1)
+"""Windows of 3 × 3 that keep the size of a map."""
 
 
 class _Driver:
@@ -104,6 +108,25 @@ def _pepita_step(
     )  # fmt: skip
 
 
+def _local_conv(
+    batch: int, channels: int, outputs: int, dtype: torch.dtype, rule: UpdateArgs = ADAM,
+    *, masked: bool = True, order: torch.memory_format = torch.contiguous_format,
+    place: Geometry = SAME_SIZE,
+) -> None:  # fmt: skip
+    """A locally connected layer of 16 × 16 maps and 3 × 3 windows: both passes and a step."""
+    x = _new(batch, channels, 16, 16, dtype=dtype).to(memory_format=order)
+    signal = _new(batch, outputs, 16, 16, dtype=dtype).to(memory_format=order)
+    weight = _new(16, 16, 3, 3, channels // place.groups, outputs, dtype=dtype)
+    bias = _new(16, 16, outputs, dtype=dtype)
+    mask = _new(*weight.shape, dtype=torch.bool) if masked else None
+    local_conv.local_conv_forward(x, weight, bias, "tanh", 0.0, *place)
+    local_conv.local_conv_feedback(signal, weight, x, "tanh", 0.0, 16, 16, *place)
+    local_conv.local_conv_step(
+        signal, x, weight, bias, weight, mask, mask, 0.5, *place, *rule,
+        *_state(rule, weight, bias, weight),
+    )  # fmt: skip
+
+
 def _every_block(dtype: torch.dtype, odd: int = 0) -> None:
     """Reach every entry of the tables of block sizes, with the heaviest epilogue.
 
@@ -120,13 +143,14 @@ def _every_block(dtype: torch.dtype, odd: int = 0) -> None:
     for classes in (10 + odd, 100 + odd, 1000 + odd):
         x, weight, bias = _layer(100, 1000 + odd, classes, dtype)
         state = _state(ADAM, weight, bias)
-        classifier.classifier_step(x, weight, bias, _labels(100), "ce", *ADAM, *state)
+        classifier.classifier_step(x, weight, bias, _labels(100), "ce", 0.0, 0.0, *ADAM, *state)
     for size in (100 + odd, 5000 + odd):
         z, feedback = _new(60, size, dtype=dtype), _new(10, size, dtype=dtype)
         drtp.drtp_signal(z, feedback, _labels(60), "tanh", 0.0)
     pepita.pepita_difference(z, _new(60, 10, dtype=dtype), feedback, "tanh", 0.0)
     dense.dense_forward(*_layer(100, 784 + odd, 1000 + odd, dtype), "tanh", 0.0)
     update.apply_update(weight, weight, *ADAM, *_state(ADAM, weight))
+    _local_conv(50, 64 + odd, 64 + odd, dtype)
 
 
 def _every_way(dtype: torch.dtype, odd: int = 0) -> None:
@@ -143,6 +167,12 @@ def _every_way(dtype: torch.dtype, odd: int = 0) -> None:
             pepita.pepita_difference(z, z, None, activation, 0.5)
             pepita.pepita_difference(z, _new(60, 10, dtype=dtype), basis, activation, 0.5)
         dense.dense_forward(*_layer(60, 784 + odd, 1000 + odd, dtype), activation, 0.5)
+    for batch in (16, 32, 300):
+        for channels, outputs in ((3, 16 + odd), (16 + odd, 32), (32, 64 + odd), (128, 128)):
+            for rule in (ADAM, *RULES):
+                for order in (torch.contiguous_format, torch.channels_last):
+                    _local_conv(batch, channels, outputs, dtype, rule, order=order)
+                    _local_conv(batch, channels, outputs, dtype, rule, masked=False, order=order)
 
 
 def _every_branch(dtype: torch.dtype) -> None:
@@ -151,6 +181,9 @@ def _every_branch(dtype: torch.dtype) -> None:
     for activation in ACTIVATIONS:
         drtp.drtp_signal(z, feedback, _labels(60), activation, 0.5)
         pepita.pepita_difference(z, z, None, activation, 0.5)
+    maps = _new(60, 24, 24, 32, dtype=dtype)
+    for change in (None, maps):
+        pepita_pool.pepita_max_pool(maps, change, 12, 12, 3, 3, 2, 2, 1, 1, 1, 1)
     x, weight, bias = _layer(60, 784, 100, dtype)
     for rule in RULES:
         state = _state(rule, weight, bias)
@@ -161,10 +194,13 @@ def _every_branch(dtype: torch.dtype) -> None:
     for accumulate in (False, True):
         grads = weight, bias, accumulate
         drtp.drtp_linear_grad(x, weight, bias, feedback, _labels(60), "relu", 0.0, *grads)
-    for loss in ("bce", "mse"):
+    for loss in ("bce", "mse", "hinge"):
         for classes in (10, 1000):
             x, weight, bias = _layer(60, 784, classes, dtype)
-            classifier.classifier_grad(x, weight, None, _labels(60), loss, weight, None, False)
+            options = (1.0, 0.1) if loss == "hinge" else (0.0, 0.0)
+            classifier.classifier_grad(
+                x, weight, None, _labels(60), loss, *options, weight, None, False
+            )
     for batch in (1, 300):
         x, weight, bias = _layer(batch, 1, 1, dtype)
         feedback, labels = _new(1, 1, dtype=dtype), _labels(batch)
@@ -172,7 +208,15 @@ def _every_branch(dtype: torch.dtype) -> None:
         for rows in (None, feedback):
             pepita.pepita_linear_grad(x, x, x, rows, None, weight, "relu", 0.0, weight, bias, True)
         dense.dense_forward(x, weight, None, "identity", 0.0)
-    classifier.classifier_grad(x, weight, bias, labels, "ce", weight, bias, True)
+    classifier.classifier_grad(x, weight, bias, labels, "ce", 0.0, 0.0, weight, bias, True)
+    _local_conv(50, 3, 32, dtype, RULES[1], masked=False, order=torch.channels_last)
+    _local_conv(1, 2, 2, dtype, RULES[3], place=Geometry(2, 3, 11, 17, 3, 2, 2))
+    x, weight = _new(50, 3, 16, 16, dtype=dtype), _new(16, 16, 3, 3, 3, 32, dtype=dtype)
+    local_conv.local_conv_forward(x, weight, None, "identity", 0.0, *SAME_SIZE)
+    signal = _new(50, 32, 16, 16, dtype=dtype)
+    local_conv.local_conv_feedback(signal, weight, None, "identity", 0.0, 16, 16, *SAME_SIZE)
+    for accumulate in (False, True):
+        local_conv.local_conv_grad(signal, x, None, 1.0, *SAME_SIZE, weight, None, accumulate)
 
 
 WORK: dict[str, Callable[[torch.dtype], None]] = {

@@ -11,17 +11,24 @@ from bpfree_kernels import backends, checks
 
 from . import cases
 
+_INTERPRETER = ("triton", "cpu")
 _PARENT = str(Path(__file__).parents[1] / "conftest.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself looks at the parameters of `target`
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Combine `target` with the dtypes and shapes that its backend supports."""
+    """Combine `target` with the dtypes and shapes that its backend supports.
+
+    Tests marked ``native`` leave Triton's interpreter out.
+    """
     wanted = [name for name in ("dtype", "shape") if name in metafunc.fixturenames]
-    if not wanted:
+    native = metafunc.definition.get_closest_marker("native") is not None
+    if "target" not in metafunc.fixturenames or not (wanted or native):
         return
     combinations, ids = [], []
     for target in metafunc.config.pluginmanager.get_plugin(_PARENT).TARGETS:
+        if native and target == _INTERPRETER:
+            continue
         for values in _values(target, wanted):
             combinations.append((target, *values))
             ids.append("-".join([*target, *map(_name, values)]))
@@ -34,12 +41,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _values(target: tuple[str, str], wanted: list[str]) -> list[tuple[object, ...]]:
     backend, device = target
-    slow = backend == "triton" and device == "cpu"
+    slow = target == _INTERPRETER
     dtypes = cases.supported_dtypes(backend, device) if "dtype" in wanted else (torch.float32,)
     combinations: list[tuple[object, ...]] = []
     for dtype in dtypes:
         if "shape" not in wanted:
-            combinations.append((dtype,))
+            combinations.append((dtype,) if "dtype" in wanted else ())
             continue
         shapes = cases.INTERPRETED_SHAPES[dtype] if slow else cases.SHAPES
         combinations += [(dtype, s) if "dtype" in wanted else (s,) for s in shapes]

@@ -100,7 +100,13 @@ class Classifier(NamedTuple):
 
 
 def classifier(
-    x: Array, weight: Array, bias: Array | None, labels: Labels, loss: str
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    labels: Labels,
+    loss: str,
+    margin: float,
+    off_class: float,
 ) -> Classifier:
     """An output layer and the gradients of its mean loss."""
     z = affine(x, weight, bias)
@@ -117,11 +123,18 @@ def classifier(
     elif loss == "mse":
         output, scale = z, 2 / (batch * classes)
         per_sample = ((z - target) ** 2).mean(1)
+    elif loss == "hinge":
+        output, scale = z, 1 / batch
+        own, other = np.maximum(margin - z, 0), off_class * np.maximum(margin + z, 0)
+        per_sample = np.where(target, own, other).sum(1)
     else:
         raise AssertionError(f"no formula for {loss}")
-    post = scale * (output - target)
+    error = output - target
+    if loss == "hinge":
+        error = np.where(target, -1.0 * (z <= margin), off_class * (z >= -margin))
+    post = scale * error
     grad_weight = np.einsum("no,ni->oi", post, x)
-    return Classifier(output, output - target, per_sample, grad_weight, post.sum(0))
+    return Classifier(output, error, per_sample, grad_weight, post.sum(0))
 
 
 @dataclass(frozen=True)

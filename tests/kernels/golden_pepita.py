@@ -140,7 +140,7 @@ def two_passes(
         second_error: the output layer learns from the second pass's error instead of the first's.
     """
     first = _pass(x, hidden, activation, slope)
-    error = classifier(first[-1], output.weight, output.bias, labels, "ce").error
+    error = classifier(first[-1], output.weight, output.bias, labels, "ce", 0.0, 0.0).error
     second = _pass(x + np.einsum("nc,ic->ni", error, feedback), hidden, activation, slope)
     pre = second if modulated else first
     gradients = [
@@ -148,7 +148,7 @@ def two_passes(
         for index in range(len(hidden))
     ]
     if second_error:
-        error = classifier(second[-1], output.weight, output.bias, labels, "ce").error
+        error = classifier(second[-1], output.weight, output.bias, labels, "ce", 0.0, 0.0).error
     return [*gradients, dense(error, pre[-1], None, None, 1 / len(x))]
 
 

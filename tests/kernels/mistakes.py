@@ -13,6 +13,7 @@ import bpfree_kernels as bk
 from .calls import FUNCTIONS, Arguments
 from .cases import SMALL
 from .mistake import Mistake, replaced
+from .mistakes_local_conv import LOCAL_CONV_MISTAKES
 from .mistakes_signals import SIGNAL_MISTAKES
 
 BATCH, INPUTS, OUTPUTS, CLASSES = SMALL
@@ -23,14 +24,17 @@ LEARNING = (*DRTP, "classifier_step", "classifier_grad")
 """What learns from labels."""
 LAYERS = (*DRTP, *CLASSIFIER, "dense_forward")
 """What takes an input called x."""
-STEPS = ("drtp_linear_step", "classifier_step", "dense_step", "pepita_linear_step")
+STEPS = (
+    "drtp_linear_step", "classifier_step", "dense_step", "pepita_linear_step", "local_conv_step",
+)  # fmt: skip
 UPDATES = (*STEPS, "apply_update")
-GRADS = ("drtp_linear_grad", "classifier_grad", "dense_grad", "pepita_linear_grad")
+DENSE_GRADS = ("drtp_linear_grad", "classifier_grad", "dense_grad", "pepita_linear_grad")
+GRADS = (*DENSE_GRADS, "local_conv_grad")
 WITH_FEEDBACK = (*DRTP, "drtp_signal")
 WITH_LABELS = (*DRTP, *CLASSIFIER, "drtp_signal")
 WITH_ACTIVATION = (
     *WITH_FEEDBACK, "dense_forward", "pepita_linear_step", "pepita_linear_grad",
-    "pepita_difference",
+    "pepita_difference", "local_conv_forward", "local_conv_feedback",
 )  # fmt: skip
 
 
@@ -65,6 +69,7 @@ def _wild(value: int) -> Callable[[Tensor], Tensor]:
 
 MISTAKES = {
     **SIGNAL_MISTAKES,
+    **LOCAL_CONV_MISTAKES,
     "no classes": Mistake(
         CLASSIFIER,
         lambda a: {"weight": a["weight"][:0], "bias": None, "state": None}
@@ -221,8 +226,23 @@ MISTAKES = {
         ("slope", "positive", "nan"),
     ),
     "unknown loss": Mistake(
-        CLASSIFIER, lambda _: {"loss": "hinge"}, ValueError,
-        ("loss", "ce", "bce", "mse", "'hinge'"),
+        CLASSIFIER, lambda _: {"loss": "nll"}, ValueError,
+        ("loss", "ce", "bce", "mse", "hinge", "'nll'"),
+    ),
+    "margin without meaning": Mistake(
+        CLASSIFIER, lambda _: {"margin": 1.0}, ValueError, ("margin", "'ce'", "1.0")
+    ),
+    "weight of other classes without meaning": Mistake(
+        CLASSIFIER, lambda _: {"loss": "bce", "off_class": 0.5}, ValueError,
+        ("off_class", "'bce'", "0.5"),
+    ),
+    "margin negative": Mistake(
+        CLASSIFIER, lambda _: {"loss": "hinge", "margin": -1.0}, ValueError,
+        ("margin", "not negative", "-1.0"),
+    ),
+    "weight of other classes not a number": Mistake(
+        CLASSIFIER, lambda _: {"loss": "hinge", "off_class": float("nan")}, ValueError,
+        ("off_class", "finite", "nan"),
     ),
     "unknown backend": Mistake(
         tuple(FUNCTIONS), lambda _: {"backend": "cuda"}, ValueError,
@@ -265,7 +285,7 @@ MISTAKES = {
         ("state.bias.m", "missing"),
     ),
     "moment of another shape": Mistake(
-        UPDATES, _state(_set("m", lambda s, _: s.m.t())), ValueError,
+        UPDATES, _state(_set("m", lambda s, _: s.m.transpose(0, -1))), ValueError,
         (".m", "shape"),
     ),
     "moment of another dtype": Mistake(
@@ -291,29 +311,29 @@ MISTAKES = {
     ),
     # gradient buffers
     "grad_weight of another shape": Mistake(
-        GRADS, lambda _: {"grad_weight": torch.zeros(7, 6)}, ValueError,
+        DENSE_GRADS, lambda _: {"grad_weight": torch.zeros(7, 6)}, ValueError,
         ("grad_weight", "(6, 7)", "(7, 6)"),
     ),
     "grad_bias of another shape": Mistake(
-        GRADS, lambda _: {"grad_bias": torch.zeros(7)}, ValueError, ("grad_bias", "(6,)", "(7,)")
+        DENSE_GRADS, lambda _: {"grad_bias": torch.zeros(7)}, ValueError, ("grad_bias", "(6,)", "(7,)")
     ),
     "grad_weight of another dtype": Mistake(
-        GRADS, lambda _: {"grad_weight": torch.zeros(6, 7).double()}, TypeError,
+        GRADS, lambda a: {"grad_weight": a["weight"].double()}, TypeError,
         ("grad_weight", "float32", "float64"),
     ),
     "grad_weight elsewhere": Mistake(
-        GRADS, lambda _: {"grad_weight": torch.zeros(6, 7, device="meta")}, ValueError,
+        GRADS, lambda a: {"grad_weight": a["weight"].to("meta")}, ValueError,
         ("grad_weight", "cpu", "meta"),
     ),
     "accumulate into nothing": Mistake(
         GRADS, lambda _: {"accumulate": True}, ValueError, ("accumulate", "grad_weight")
     ),
     "accumulate into half": Mistake(
-        GRADS, lambda _: {"accumulate": True, "grad_weight": torch.ones(6, 7)}, ValueError,
+        GRADS, lambda a: {"accumulate": True, "grad_weight": a["weight"].clone()}, ValueError,
         ("accumulate", "grad_bias"),
     ),
     "grad_bias without a bias": Mistake(
-        GRADS, lambda _: {"bias": None, "grad_bias": torch.ones(6)}, ValueError,
+        GRADS, lambda a: {"bias": None, "grad_bias": a["bias"].clone()}, ValueError,
         ("grad_bias", "no bias"),
     ),
     # shared memory
@@ -344,7 +364,7 @@ MISTAKES = {
         )}, ValueError, ("step", "share memory"),
     ),
     "weight expanded": Mistake(
-        STEPS, lambda a: {"weight": a["weight"][:1].expand(OUTPUTS, INPUTS)}, ValueError,
+        STEPS, lambda a: {"weight": a["weight"][:1].expand_as(a["weight"])}, ValueError,
         ("weight", "expanded"),
     ),
     "param overlaps itself": Mistake(
@@ -356,7 +376,7 @@ MISTAKES = {
         ("grad_weight", "weight", "share memory"),
     ),
     "grad_weight expanded": Mistake(
-        GRADS, lambda _: {"grad_weight": torch.zeros(1, INPUTS).expand(OUTPUTS, INPUTS)},
+        GRADS, lambda a: {"grad_weight": torch.zeros_like(a["weight"][:1]).expand_as(a["weight"])},
         ValueError, ("grad_weight", "expanded"),
     ),
     "feedback inside the weight": Mistake(

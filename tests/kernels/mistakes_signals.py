@@ -12,42 +12,12 @@ import torch
 from torch import Tensor
 
 from .calls import Arguments
-from .mistake import Mistake, replaced
+from .mistake import Mistake, kinds, replaced
 
 DENSE = ("dense_step", "dense_grad")
 PEPITA = ("pepita_linear_step", "pepita_linear_grad")
 LEARNING = (*DENSE, *PEPITA)
 WITH_CHANGE = (*PEPITA, "pepita_difference")
-
-
-def _elsewhere(name: str) -> Callable[[Arguments], Arguments]:
-    return replaced(name, lambda t: t.to("meta"))
-
-
-def _kinds(
-    functions: tuple[str, ...], name: str, other: str, *, none: bool = True
-) -> dict[str, Mistake]:
-    """No tensor, another dtype, another device than `other`'s: for any tensor that is read."""
-    found = {
-        f"{name} is a list": Mistake(
-            functions, replaced(name, Tensor.tolist), TypeError, (name, "list")
-        ),
-        f"{name} of another dtype than {other}": Mistake(
-            functions, replaced(name, Tensor.double), TypeError,
-            (name, other, "float32", "float64"),
-        ),
-        f"{name} elsewhere than {other}": Mistake(
-            functions, _elsewhere(name), ValueError, (name, other, "cpu", "meta")
-        ),
-        f"{name} sparse": Mistake(
-            functions, replaced(name, Tensor.to_sparse), ValueError, (name, "sparse")
-        ),
-    }  # fmt: skip
-    if none:
-        found[f"{name} is None"] = Mistake(
-            functions, lambda _: {name: None}, TypeError, (name, "NoneType")
-        )
-    return found
 
 
 def _inside(name: str, *size: int) -> Callable[[Arguments], Arguments]:
@@ -76,16 +46,16 @@ def _empty(*names: str) -> Callable[[Arguments], Arguments]:
 
 
 SIGNAL_MISTAKES: dict[str, Mistake] = {
-    **_kinds(LEARNING, "weight", "pre"),
-    **_kinds(LEARNING, "bias", "pre", none=False),
-    **_kinds(DENSE, "post", "pre"),
-    **_kinds(PEPITA, "z", "pre"),
-    **_kinds(PEPITA, "change", "pre"),
-    **_kinds(PEPITA, "feedback", "pre", none=False),
-    **_kinds(PEPITA, "mask", "z", none=False),
+    **kinds(LEARNING, "weight", "pre"),
+    **kinds(LEARNING, "bias", "pre", none=False),
+    **kinds(DENSE, "post", "pre"),
+    **kinds(PEPITA, "z", "pre"),
+    **kinds(PEPITA, "change", "pre"),
+    **kinds(PEPITA, "feedback", "pre", none=False),
+    **kinds(PEPITA, "mask", "z", none=False),
     **{f"{name}, map": entry for name, entry in {
-        **_kinds(("pepita_difference",), "change", "z"),
-        **_kinds(("pepita_difference",), "basis", "z", none=False),
+        **kinds(("pepita_difference",), "change", "z"),
+        **kinds(("pepita_difference",), "basis", "z", none=False),
     }.items()},
     "pre is a list": Mistake(LEARNING, replaced("pre", Tensor.tolist), TypeError, ("pre", "list")),
     "pre of integers": Mistake(LEARNING, replaced("pre", Tensor.long), TypeError, ("pre", "int64")),

@@ -6,7 +6,8 @@ library: DRTP here is the authors' form, a fixed projection put in the place of 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,13 @@ def project(feedback: Tensor, labels: Tensor) -> Tensor:
     classes = torch.arange(feedback.shape[0], device=labels.device)
     one_hot = (labels[:, None] == classes).to(feedback.dtype)
     return (one_hot @ feedback.flatten(1)).view(labels.shape[0], *feedback.shape[1:])
+
+
+Ints = int | Sequence[int]
+
+
+def _both(value: Ints) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 class Layer(NamedTuple):
@@ -95,6 +103,44 @@ def dense(
     return Gradients(*_gradients(F.linear(pre, *leaves), leaves, scale * post))
 
 
+def local_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints | str,
+    dilation: Ints,
+    groups: int,
+) -> Tensor:
+    """z of a locally connected layer: a shifted copy of the map for each tap; differentiable."""
+    kernel, apart, steps = weight.shape[2:4], _both(dilation), _both(stride)
+    before = after = _both(0 if isinstance(padding, str) else padding)
+    if padding == "same":
+        reach = [(k - 1) * d for k, d in zip(kernel, apart, strict=True)]
+        before = tuple(r // 2 for r in reach)
+        after = tuple(r - b for r, b in zip(reach, before, strict=True))
+    padded = F.pad(x, (before[1], after[1], before[0], after[0]))
+    ends = [(n - 1) * step + 1 for n, step in zip(weight.shape[:2], steps, strict=True)]
+    taps = [
+        padded[:, :, i : i + ends[0] : steps[0], j : j + ends[1] : steps[1]]
+        for i in range(0, kernel[0] * apart[0], apart[0])
+        for j in range(0, kernel[1] * apart[1], apart[1])
+    ]
+    windows = torch.stack(taps).unflatten(2, (groups, -1))
+    by_group = weight.flatten(2, 3).unflatten(4, (groups, -1))
+    z = torch.einsum("kngcrq,rqkcgo->ngorq", windows, by_group).flatten(1, 2)
+    return z if bias is None else z + bias.permute(2, 0, 1)
+
+
+def local_conv_gradients(
+    signal: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *place: Any
+) -> Gradients:
+    """Gradients of a locally connected layer by autograd, from the gradient at its output units."""
+    start = weight.new_zeros(*weight.shape[:2], weight.shape[5]) if bias is None else bias
+    leaves = (weight.detach().clone().requires_grad_(), start.detach().clone().requires_grad_())
+    return Gradients(*_gradients(local_conv(x, *leaves, *place), leaves, scale * signal))
+
+
 def difference(z: Tensor, change: Tensor, activation: str, slope: float) -> Tensor:
     """f(z + Δz) − f(z), subtracted in float64: what an exact function of rounded arguments gives."""
     after = activate(z.double() + change.double(), activation, slope)
@@ -129,8 +175,20 @@ class Classifier(NamedTuple):
     grad_bias: Tensor
 
 
+def hinge(z: Tensor, target: Tensor, margin: float, off_class: float) -> Tensor:
+    """Multi-class hinge loss of each sample; differentiable, by clamp also at its thresholds."""
+    own, other = (margin - z).clamp(min=0), (margin + z).clamp(min=0)
+    return (target * own + off_class * (1 - target) * other).sum(1)
+
+
 def classifier(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    loss: str,
+    margin: float,
+    off_class: float,
 ) -> Classifier:
     """An output layer with torch's own loss, and the gradients that autograd gives it."""
     leaves = _leaves(weight, bias)
@@ -142,11 +200,17 @@ def classifier(
     elif loss == "bce":
         output, mean_loss = z.sigmoid(), F.binary_cross_entropy_with_logits(z, target)
         per_sample = F.binary_cross_entropy_with_logits(z, target, reduction="none").mean(1)
-    else:
+    elif loss == "mse":
         output, mean_loss = z, F.mse_loss(z, target)
         per_sample = F.mse_loss(z, target, reduction="none").mean(1)
+    else:
+        output, per_sample = z, hinge(z, target, margin, off_class)
+        mean_loss = per_sample.mean()
+    error = output - target
+    if loss == "hinge":
+        (error,) = torch.autograd.grad(per_sample.sum(), z, retain_graph=True)
     gradients = _gradients(mean_loss, leaves, None)
-    return Classifier(output.detach(), (output - target).detach(), per_sample.detach(), *gradients)
+    return Classifier(output.detach(), error.detach(), per_sample.detach(), *gradients)
 
 
 def optimizer(rule: Rule, params: list[Tensor]) -> torch.optim.Optimizer:

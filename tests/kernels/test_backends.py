@@ -207,15 +207,28 @@ def test_triton_refuses_float64(family: str) -> None:
     for call in (lambda: case.grad("triton"), lambda: case.step(bk.SGD(0.1), None, "triton")):
         with pytest.raises(TypeError, match=r"triton.*float64"):
             call()
-    with pytest.raises(TypeError, match=r"triton.*float64"):
-        bk.apply_update(case.weight, case.weight * 2, bk.SGD(0.1), backend="triton")
-    x, w, b = (case.tensors[name] for name in (case.input, "weight", "bias"))
+    snapshot.check_unchanged()
+
+
+def test_triton_refuses_float64_in_other_ops() -> None:
+    """Those that are no learning layer: forward passes, signals, updates."""
+    if not backends.status("triton").usable:
+        pytest.skip(backends.status("triton").reason)
+    dense, local = (make(dtype=torch.float64) for make in (cases.dense_case, cases.local_conv_case))
+    x, w, b = (dense.tensors[name] for name in ("pre", "weight", "bias"))
+    maps, kernels, signal = (local.tensors[name] for name in ("x", "weight", "signal"))
     labels = torch.zeros(len(x), dtype=torch.int64)
+    place = {"stride": (2, 1), "padding": (1, 0), "backend": "triton"}
+    snapshot = cases.Snapshot({**dense.tensors, **local.tensors})
     for call in (
+        lambda: bk.apply_update(w, w * 2, bk.SGD(0.1), backend="triton"),
         lambda: bk.dense_forward(x, w, b, backend="triton"),
         lambda: bk.classifier_forward(x, w, b, labels, backend="triton"),
         lambda: bk.drtp_signal(x, x[:2], labels, backend="triton"),
         lambda: bk.pepita_difference(x, x * 2, backend="triton"),
+        lambda: bk.local_conv_forward(maps, kernels, **place),
+        lambda: bk.local_conv_feedback(signal, kernels, (3, 2), **place),
+        lambda: bk.local_conv(maps, kernels, **place),
     ):
         with pytest.raises(TypeError, match=r"triton.*float64"):
             call()

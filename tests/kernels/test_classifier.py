@@ -12,13 +12,14 @@ import torch.nn.functional as F
 import bpfree_kernels as bk
 from bpfree_kernels import backends
 
-from .cases import Snapshot, classifier_case
+from . import plain
+from .cases import Snapshot, classifier_case, default_hinge
 from .layouts import LAYOUTS, laid_out
 from .tolerances import check, to_numpy
 
 Target = tuple[str, str]
 
-LOSSES = ("ce", "bce", "mse")
+LOSSES = ("ce", "bce", "mse", "hinge")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def test_results(
     loss: str, target: Target, dtype: torch.dtype, shape: tuple[int, int, int, int]
 ) -> None:
-    """D8, D10: everything that is returned, with the factors 1/N, 1/(N·C), 2/(N·C)."""
+    """D8, D10, U4: everything that is returned, with the factors 1/N, 1/(N·C), 2/(N·C), 1/N."""
     backend, device = target
     case = classifier_case(shape, dtype, device, loss=loss)
     case.check(case.grad(backend))
@@ -49,6 +50,7 @@ def test_mean_loss_and_gradients_are_autograds(loss: str, target: Target) -> Non
         "ce": lambda: F.cross_entropy(z, labels),
         "bce": lambda: F.binary_cross_entropy(z.sigmoid(), target_values),
         "mse": lambda: F.mse_loss(z, target_values),
+        "hinge": lambda: plain.hinge(z, target_values, 1.0, 1 / 3).mean(),
     }[loss]()
     torch.testing.assert_close(outputs.loss.double().mean(), mean.detach(), rtol=1e-6, atol=1e-7)
     for got, wanted in zip(gradients, torch.autograd.grad(mean, leaves), strict=True):
@@ -71,7 +73,7 @@ def test_one_step_lowers_the_loss(loss: str, target: Target, dtype: torch.dtype)
     assert case.exact()[2].mean() < exact[2].mean()
 
 
-@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("loss", ["ce", "bce", "hinge"])
 def test_extreme_logits(loss: str, target: Target, dtype: torch.dtype) -> None:
     """Logits of ±1e4, of either sign at the label, equal ones, and ones with tiny differences."""
     backend, device = target
@@ -114,7 +116,10 @@ def test_confident_and_right_costs_nothing(target: Target, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_labels_that_are_no_class(loss: str, target: Target) -> None:
-    """Where nobody checks labels, one out of range is an all-zero target, never an address."""
+    """Where nobody checks labels, one out of range is an all-zero target, never an address.
+
+    For the hinge loss, all classes are others then.
+    """
     backend, device = target
     case = classifier_case(device=device, loss=loss)
     huge = torch.iinfo(torch.int64)
@@ -122,7 +127,8 @@ def test_labels_that_are_no_class(loss: str, target: Target) -> None:
     case = case.using(labels=wild)
     grads = torch.full_like(case.weight, float("nan")), torch.full_like(case.bias, float("nan"))
     body = backends.body("classifier_grad", device, backend)
-    results = (*body(*case.tensors.values(), loss, *grads, False), *grads)
+    options = default_hinge(6, *case.options.values())
+    results = (*body(*case.tensors.values(), loss, *options, *grads, False), *grads)
     for index, (got, wanted) in enumerate(zip(results, case.exact(), strict=True)):
         check(f"result {index}", got, wanted, torch.from_numpy(wanted).to(got.dtype))
 
@@ -130,7 +136,8 @@ def test_labels_that_are_no_class(loss: str, target: Target) -> None:
 def test_forward(target: Target, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     """The forward pass alone gives what the gradient's does, to the bit, and changes nothing."""
     backend, device = target
-    loss, bias = LOSSES[shape[2] % 3], shape[0] % 2 == 1  # every loss, with a bias and without
+    # every loss, with a bias and without
+    loss, bias = LOSSES[(shape[1] + shape[2]) % 4], shape[0] % 2 == 1
     case = classifier_case(shape, dtype, device, loss=loss, bias=bias)
     snapshot = Snapshot(case.tensors)
     outputs = bk.classifier_forward(**case.tensors, loss=loss, backend=backend)

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 FILES = (
     "test_drtp.py",
     "test_classifier.py",
+    "test_hinge.py",
     "test_activations.py",
     "test_update.py",
     "test_layer.py",
@@ -22,6 +23,9 @@ FILES = (
     "test_pepita.py",
     "test_pepita_entries.py",
     "test_pepita_maps.py",
+    "test_pepita_pool.py",
+    "test_local_conv.py",
+    "test_local_conv_feedback.py",
 )
 
 SCRIPT = """

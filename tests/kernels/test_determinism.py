@@ -55,6 +55,8 @@ def elementwise(target: Target, dtype: torch.dtype) -> list[Tensor]:
     labels = torch.tensor([1, 0, 1], device=device)
     results = list(bk.drtp_signal(z, feedback, labels, backend=backend))
     results.append(bk.pepita_difference(z, z.cos(), backend=backend))
+    maps = z[:, :600].view(3, 6, 10, 10)
+    results.append(bk.pepita_max_pool(maps, 3, maps.cos(), stride=2, backend=backend))
     results.append(
         bk.pepita_difference(z, z[:, :2] / 8, basis=feedback, activation="tanh", backend=backend)
     )

@@ -100,7 +100,7 @@ def _calls(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[tup
     yield "dense_forward", [x, weight, bias, "tanh", 0.0]
     yield "dense_step", [z, x, weight, bias, 1 / batch, *update]
     yield "dense_grad", [z, x, 1 / batch, *grads]
-    yield "classifier_forward", [x, weight, bias, labels, "ce"]
+    yield "classifier_forward", [x, weight, bias, labels, "ce", 0.0, 0.0]
     error, feedback = normal(batch, classes), normal(classes, inputs, scale=0.1)
     for change, rows in ((normal(batch, inputs), None), (error, feedback)):
         read = [z, x, change, rows, mask, weight]

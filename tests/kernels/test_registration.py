@@ -16,6 +16,7 @@ from bpfree_kernels import backends
 
 from . import cases
 from .cases import FAMILIES, LayerCase, classifier_case, dense_case, drtp_case, pepita_case
+from .samples_local_conv import DIFFERENTIABLE, LOCAL_CONV
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::bpfree_kernels.BackendFallbackWarning"),
@@ -39,6 +40,9 @@ def _arguments(op: Any, case: LayerCase, named: dict[str, Any]) -> tuple[Any, ..
     options = dict(case.options)
     if "slope" in options:
         options["slope"] = cases.default_slope(options["activation"], options["slope"])
+    if "margin" in options:
+        hinge = cases.default_hinge(len(case.weight), *options.values())
+        options |= zip(("margin", "off_class"), hinge, strict=True)
     given = {**case.tensors, **options, **named}
     if "z" in given and given["feedback"] is not None:
         given["feedback"] = given["feedback"].t().contiguous()  # [classes, in] is the op's own form
@@ -72,6 +76,12 @@ def _layer_samples(family: Callable[..., LayerCase], name: str) -> list[tuple[An
     ]
 
 
+def _max_pool_samples() -> list[tuple[Any, ...]]:
+    y = torch.randn(2, 5, 6, 3)
+    place = (3, 3, 2, 2, 2, 2, 1, 0, 1, 1)
+    return [(y, None, *place), (y.double(), y.double().cos(), *place)]
+
+
 def _pepita_samples(name: str) -> list[tuple[Any, ...]]:
     def later(**options: Any) -> LayerCase:
         return pepita_case(feedback=False, mask=False, activation="hardtanh", **options)
@@ -90,7 +100,11 @@ def _forward_samples() -> list[tuple[Any, ...]]:
 
 def _classifier_samples() -> list[tuple[Any, ...]]:
     x, weight, bias, labels = classifier_case().tensors.values()
-    return [(x, weight, bias, labels, "ce"), (x[:0], weight, None, labels[:0].int(), "mse")]
+    return [
+        (x, weight, bias, labels, "ce", 0.0, 0.0),
+        (x, weight, bias, labels, "hinge", 1.0, 0.2),
+        (x[:0], weight, None, labels[:0].int(), "mse", 0.0, 0.0),
+    ]
 
 
 def _difference_samples() -> list[tuple[Any, ...]]:
@@ -128,6 +142,9 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "pepita_linear_step": lambda: _pepita_samples("pepita_linear_step"),
     "pepita_linear_grad": lambda: _pepita_samples("pepita_linear_grad"),
     "pepita_difference": _difference_samples,
+    "pepita_max_pool": _max_pool_samples,
+    **LOCAL_CONV,
+    **DIFFERENTIABLE,
 }
 """Arguments for each registered op. An op that is missing here fails `test_every_op_is_tested`."""
 
@@ -139,9 +156,9 @@ def _registered() -> set[str]:
 
 
 def test_every_op_is_tested() -> None:
-    """A new op needs samples here, and every op has its bodies in the registry."""
+    """A new op needs samples here; every op has bodies, or is made of ops that have."""
     assert _registered() == set(SAMPLES)
-    assert set(backends.ops()) == set(SAMPLES)
+    assert set(backends.ops()) == set(SAMPLES) - set(DIFFERENTIABLE)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -210,7 +227,7 @@ def test_compiled_gradient(family: str, accumulate: bool) -> None:
     case = FAMILIES[family]()
     given = {}
     if accumulate:
-        given = {"grad_weight": torch.ones_like(case.weight), "grad_bias": torch.ones(6)}
+        given = {f"grad_{name}": torch.ones_like(case.tensors[name]) for name in ("weight", "bias")}
     wanted = case.grad(**{k: t.clone() for k, t in given.items()}, accumulate=accumulate)
     compiled = torch.compile(case.grad, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**given, accumulate=accumulate), wanted)

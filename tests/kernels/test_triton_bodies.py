@@ -279,12 +279,13 @@ def classify(
     labels = torch.arange(18, device=DEVICE) * 7 % classes
     labels[3], labels[5] = -1, classes
     args = step_args(SGD(0.5), weight, bias)
-    outputs = module.classifier_step(x, weight, bias, labels, loss, *args)
+    options = (0.5, 0.25) if loss == "hinge" else (0.0, 0.0)
+    outputs = module.classifier_step(x, weight, bias, labels, loss, *options, *args)
     return [*outputs, weight, bias]
 
 
 @pytest.mark.parametrize("classes", [1, 16, 17, 129, 1500])
-@pytest.mark.parametrize("loss", ["ce", "bce", "mse"])
+@pytest.mark.parametrize("loss", ["ce", "bce", "mse", "hinge"])
 def test_few_and_many_classes(classes: int, loss: str) -> None:
     """Up to 16 and 128 classes in one block, more by rows of 1024 at a time."""
     got = classify(classifier, classes, loss, torch.float32)
@@ -308,7 +309,7 @@ def test_small_losses_keep_their_digits() -> None:
     weight = torch.ones(1, 1, device=DEVICE)
     labels = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     args = step_args(SGD(0.0), weight, weight[0])
-    *_, loss = classifier.classifier_step(x, weight, None, labels, "bce", *args)
+    *_, loss = classifier.classifier_step(x, weight, None, labels, "bce", 0.0, 0.0, *args)
     exact = torch.log1p(torch.exp(-x.double()))[:, 0]
     assert ((loss.double() - exact) / exact).abs().max() < 3e-6
 
@@ -341,7 +342,7 @@ def test_an_empty_batch_has_empty_outputs() -> None:
     z, y = dense.dense_forward(x, few, None, "tanh", 0.0)
     assert z.shape == y.shape == (0, 3)
     for weight in (few, many):
-        outputs = classifier.classifier_forward(x, weight, None, labels, "ce")
+        outputs = classifier.classifier_forward(x, weight, None, labels, "ce", 0.0, 0.0)
         assert [tuple(t.shape) for t in outputs] == [(0, len(weight)), (0, len(weight)), (0,)]
     changed = pepita.pepita_difference(random(0, 2, 3), random(0, 5), random(5, 2, 3), "relu", 0.0)
     assert changed.shape == (0, 2, 3)

@@ -35,6 +35,7 @@ SHARED_MEMORY = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 DOT_KERNELS = {
     "step_kernel", "forward_kernel", "update_kernel", "few_classes_kernel", "linear_kernel",
     "change_and_learn_kernel", "change_kernel", "difference_kernel",
+    "local_forward_kernel", "local_feedback_kernel", "local_update_kernel",
 }  # fmt: skip
 
 Launch = dict[str, Any]

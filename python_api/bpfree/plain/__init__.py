@@ -2,5 +2,6 @@
 
 from bpfree.plain.drtp import PlainDRTP
 from bpfree.plain.pepita import PlainPEPITA
+from bpfree.plain.urfb import PlainURFB
 
-__all__ = ["PlainDRTP", "PlainPEPITA"]
+__all__ = ["PlainDRTP", "PlainPEPITA", "PlainURFB"]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.losses import batch_loss, check_loss, output_of
+from bpfree.losses import Loss, batch_loss, check_loss, output_of
 from bpfree.results import StepResult
 from bpfree.stages import parse
 
@@ -42,7 +42,7 @@ class PlainDRTP:
         model: nn.Sequential,
         feedback: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
-        loss: str = "bce",
+        loss: Loss = "bce",
     ) -> None:
         """Make a baseline.
 
@@ -50,7 +50,7 @@ class PlainDRTP:
             model: as for `bpfree.DRTP`.
             feedback: feedback by the name of each hidden layer, like `feedback` of a DRTP learner.
             optimizer: any torch optimizer.
-            loss: ``"bce"``, ``"ce"`` or ``"mse"``.
+            loss: as for `bpfree.DRTP`.
 
         Raises:
             TypeError, ValueError: a model that is not supported, or an unknown loss.

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from bpfree.losses import batch_loss, check_loss, output_of
+from bpfree.losses import Loss, batch_loss, check_loss, name_of, output_of
 from bpfree.results import StepResult
-from bpfree.stages import Stage, parse
+from bpfree.stages import Layer, Stage, parse
 
 Masks = dict[tuple[int, int], Tensor]
 """The masks of the dropout modules, by the position of the layer and of the module behind it."""
@@ -30,7 +30,7 @@ class PlainPEPITA:
         model: nn.Sequential,
         feedback: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
-        loss: str = "ce",
+        loss: Loss = "ce",
         *,
         presynaptic: str = "modulated",
         output_error: str = "first",
@@ -42,7 +42,7 @@ class PlainPEPITA:
             model: as for `bpfree.PEPITA`.
             feedback: ``feedback["input"]`` is F, [values of a sample, classes].
             optimizer: any torch optimizer.
-            loss: ``"ce"``, ``"bce"`` or ``"mse"``.
+            loss: as for `bpfree.PEPITA`.
             presynaptic, output_error, space: as for `bpfree.PEPITA`.
 
         Raises:
@@ -90,7 +90,8 @@ class PlainPEPITA:
             self._learn(stage, h - h2, pre)
         if self._second_error:
             error = self._error(logits2, y)
-        scale = {"ce": 1.0, "bce": 1 / error.shape[1], "mse": 2 / error.shape[1]}[self.loss]
+        by_class = 1 / error.shape[1]
+        scale = {"bce": by_class, "mse": 2 * by_class}.get(name_of(self.loss), 1.0)
         _add_dense(network.output.layer, scale * error, presynaptic[-1])
         return StepResult(batch_loss(logits, y, self.loss), output_of(logits, self.loss))
 
@@ -114,12 +115,17 @@ class PlainPEPITA:
         return inputs, outputs, self._network.output.forward(x)
 
     def _error(self, logits: Tensor, y: Tensor) -> Tensor:
+        if name_of(self.loss) == "hinge":
+            with torch.enable_grad():
+                z = logits.detach().requires_grad_()
+                (error,) = torch.autograd.grad(z.shape[0] * batch_loss(z, y, self.loss), z)
+            return error
         target = F.one_hot(y.long(), logits.shape[1]).to(logits.dtype)
         return output_of(logits, self.loss) - target
 
     def _learn(self, stage: Stage, change: Tensor, pre: Tensor) -> None:
         layer = stage.layer
-        if isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Conv2d):
             _add_dense(layer, change, pre)
             return
         positions = change.shape[2] * change.shape[3]
@@ -133,7 +139,7 @@ class PlainPEPITA:
         _add(layer.bias, change.sum((0, 2, 3)))
 
 
-def _add_dense(layer: nn.Linear | nn.Conv2d, post: Tensor, pre: Tensor) -> None:
+def _add_dense(layer: Layer, post: Tensor, pre: Tensor) -> None:
     _add(layer.weight, post.t() @ pre / post.shape[0])
     _add(layer.bias, post.mean(0))
 

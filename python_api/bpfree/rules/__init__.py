@@ -5,5 +5,6 @@ from bpfree.rules.bp import BP
 from bpfree.rules.drtp import DRTP
 from bpfree.rules.pepita import PEPITA
 from bpfree.rules.shallow import Shallow
+from bpfree.rules.urfb import FRFB, URFB
 
-__all__ = ["BP", "DRTP", "PEPITA", "Learner", "Shallow"]
+__all__ = ["BP", "DRTP", "FRFB", "PEPITA", "URFB", "Learner", "Shallow"]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import bpfree_kernels as kernels
 from bpfree.optimizers import Updates
 from bpfree.rules.base import Learner
+from bpfree.stages import Layer
 
 
 def learn_dense(
     learner: Learner,
-    layer: nn.Linear | nn.Conv2d,
+    layer: Layer,
     post: Tensor,
     pre: Tensor,
     updates: Updates,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import bpfree_kernels as kernels
+from bpfree.losses import op_arguments
 from bpfree.optimizers import Updates
 from bpfree.results import StepResult
 from bpfree.rules.base import Learner
@@ -24,14 +25,15 @@ def learn_output(learner: Learner, x: Tensor, y: Tensor, updates: Updates) -> St
     """
     layer = learner.network.output.layer
     weight, bias = layer.weight, layer.bias
+    arguments = op_arguments(learner.loss)
     fused = updates.fused(weight, bias)
     if fused is not None:
         result = kernels.classifier_step(
-            x, weight, bias, y, *fused, loss=learner.loss, backend=learner.backend
+            x, weight, bias, y, *fused, backend=learner.backend, **arguments
         )
     else:
         result, of_weight, of_bias = kernels.classifier_grad(
-            x, weight, bias, y, loss=learner.loss, backend=learner.backend
+            x, weight, bias, y, backend=learner.backend, **arguments
         )
         updates.deliver_layer(layer, of_weight, of_bias)
     return StepResult(result.loss.mean(), result.output)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import bpfree_kernels as kernels
 from bpfree import differences
+from bpfree.losses import name_of, op_arguments
 from bpfree.optimizers import OptimizerBridge, Updates
 from bpfree.results import StepResult
 from bpfree.rules._dense import learn_dense
@@ -61,11 +62,11 @@ def learn(learner: PEPITA, x: Tensor, y: Tensor, feedback: Tensor, updates: Upda
         mask, rest = differences.leading_dropout(stage.after, h)
         h = h if mask is None else h * mask
         learn_dense(learner, stage.layer, h, before, updates, scale=1 / x.shape[0])
-        h, ways = differences.run(rest, h)
+        h, ways = differences.run(rest, h, learner.backend)
         masks.append((mask, ways))
     layer = learner.network.output.layer
     first = kernels.classifier_forward(
-        h, layer.weight, layer.bias, y, loss=learner.loss, backend=learner.backend
+        h, layer.weight, layer.bias, y, backend=learner.backend, **op_arguments(learner.loss)
     )
     h = Modulation(first.error, feedback).of(x)
     for stage, (mask, ways) in zip(learner.network.hidden, masks, strict=True):
@@ -73,7 +74,7 @@ def learn(learner: PEPITA, x: Tensor, y: Tensor, feedback: Tensor, updates: Upda
         h = h if mask is None else h * mask
         learn_dense(learner, stage.layer, h, before, updates, scale=-1 / x.shape[0])
         h = differences.pass_on(ways, h)  # linear in a dense net, so it takes h itself as well
-    scale = kernels.gradient_scale(learner.loss, *first.error.shape)
+    scale = kernels.gradient_scale(name_of(learner.loss), *first.error.shape)
     learn_dense(learner, layer, first.error, h, updates, scale=scale)
     return StepResult(first.loss.mean(), first.output)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import bpfree_kernels as kernels
 from bpfree import state, training
-from bpfree.losses import check_loss
+from bpfree.losses import Loss, check_loss, describe
 from bpfree.optimizers import GradientStore, OptimizerBridge, Updates
 from bpfree.results import BatchInfo, EpochResult, EvalResult, StepResult
 from bpfree.stages import Stage, parse
@@ -36,25 +36,27 @@ class Learner(ABC):
     Attributes:
         rule: name of the rule.
         uses_kernels: whether the kernels may run the optimizer.
+        layers: the kinds of layer that the rule can train.
         model: the model.
         network: the model as stages, read once: do not add or replace modules afterwards.
-        loss: name of the loss.
+        loss: name of the loss, or a hinge loss.
         seed: seed of the rule's own random numbers.
         backend: backend of the ops; ``None`` is the device's default.
-        feedback: fixed feedback by layer name, there once it is made; empty for rules without.
+        feedback: feedback by layer name, there once it is made; empty for rules without.
         generators: random generators that learning draws from, by name; their state is part of the
             learner's.
     """
 
     rule: ClassVar[str]
     uses_kernels: ClassVar[bool] = True
+    layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
 
     def __init__(
         self,
         model: nn.Sequential,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        loss: str = "bce",
+        loss: Loss = "bce",
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
@@ -65,15 +67,16 @@ class Learner(ABC):
             optimizer: any `torch.optim` object over parameters of the model. SGD, Adam and AdamW
                 run inside the kernels, on its state and with its hyper-parameters; `explain` says
                 where. Without one, only `grads` and `evaluate` work.
-            loss: ``"bce"``, ``"ce"`` or ``"mse"``.
+            loss: ``"bce"``, ``"ce"``, ``"mse"`` or ``"hinge"``; a `bpfree.nn.MultiClassHingeLoss` is
+                ``"hinge"`` with other options.
             seed: seed of the rule's own random numbers; rules without any accept it all the same,
                 so that every rule is made alike.
             backend: ``"cpp"``, ``"triton"`` or ``"reference"`` instead of the device's default.
 
         Raises:
             TypeError: a module or an optimizer that is not supported.
-            ValueError: an unknown loss or backend, a model that cannot learn, or an optimizer with
-                parameters of another model.
+            ValueError: an unknown loss or backend, a hinge loss of another reduction than the mean,
+                a model that cannot learn, or an optimizer with parameters of another model.
             RuntimeError: a backend that cannot run here.
         """
         check_loss(loss)
@@ -83,6 +86,7 @@ class Learner(ABC):
             )
         self.model = model
         self.network = parse(model)
+        self._check_layers()
         self.loss = loss
         self.seed = seed
         self.backend = backend
@@ -102,8 +106,13 @@ class Learner(ABC):
 
     @property
     def feedback(self) -> Mapping[str, Tensor]:
-        """Fixed feedback by layer name; read-only, its tensors may be changed in place."""
+        """Feedback by layer name; read-only, its tensors may be changed in place."""
         return MappingProxyType(self._feedback)
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """By name, what else the rule keeps from step to step; the tensors themselves."""
+        return {}
 
     # What a rule implements
 
@@ -141,7 +150,8 @@ class Learner(ABC):
 
     def _explain_stage(self, stage: Stage) -> str:
         """How one layer learns."""
-        return self._explain_updates(stage, fusable=isinstance(stage.layer, nn.Linear))
+        dense = isinstance(stage.layer, nn.Linear)
+        return self._explain_updates(stage, apart="" if dense else "torch computes the gradient")
 
     # Learning
 
@@ -283,6 +293,21 @@ class Learner(ABC):
             self._feedback[name] = tensor.detach().to(like.device, like.dtype, copy=True)
         self._last_input = None
 
+    def check_buffers(self, given: Mapping[str, Tensor]) -> None:
+        """Check tensors that replace `buffers`.
+
+        Raises:
+            TypeError: something that is no tensor.
+            ValueError: an unknown name, one that is missing, or a shape that does not fit.
+        """
+        if given:
+            raise ValueError(
+                f"{type(self).__name__} keeps nothing called {', '.join(map(repr, given))}."
+            )
+
+    def take_buffers(self, given: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Replace `buffers` by copies of checked tensors; the feedback is there already."""
+
     # Explaining
 
     def explain(self) -> str:
@@ -295,9 +320,10 @@ class Learner(ABC):
         if self._updates is not None:
             self._updates.refresh()
         lines = [f"  {stage}: {self._explain_stage(stage)}" for stage in self.network.stages]
-        return "\n".join([f"{type(self).__name__}, loss {self.loss}, {runs}", *lines])
+        return "\n".join([f"{type(self).__name__}, loss {describe(self.loss)}, {runs}", *lines])
 
-    def _explain_updates(self, stage: Stage, *, fusable: bool) -> str:
+    def _explain_updates(self, stage: Stage, *, apart: str) -> str:
+        """How the optimizer reaches a layer; `apart` says why no op both computes and applies."""
         if self._updates is None:
             return "gradients only, because the learner has no optimizer"
         parameters = dict(stage.layer.named_parameters(recurse=False))
@@ -310,8 +336,8 @@ class Learner(ABC):
         outside = {bridge.why(p) for p in learning.values()} - {""}
         if outside:
             return f".grad and {optimizer}.step() ({', '.join(sorted(outside))})"
-        if not fusable:
-            return f"gradient, then {optimizer} by apply_update (torch computes the gradient)"
+        if apart:
+            return f"gradient, then {optimizer} by apply_update ({apart})"
         if not bridge.can_fuse(stage.layer.weight, stage.layer.bias):
             return (
                 f"gradient, then {optimizer} by apply_update (weight and bias do not learn alike)"
@@ -319,6 +345,15 @@ class Learner(ABC):
         return f"fused with {optimizer}"
 
     # Checks
+
+    def _check_layers(self) -> None:
+        for stage in self.network.stages:
+            if not isinstance(stage.layer, self.layers):
+                known = ", ".join(kind.__name__ for kind in self.layers)
+                raise TypeError(
+                    f"{type(self).__name__} trains {known}, but layer {stage.name!r} is a "
+                    f"{type(stage.layer).__name__}."
+                )
 
     def _check_batch(self, x: Tensor, y: Tensor) -> None:
         """Raise before anything has changed; see `step` for what."""

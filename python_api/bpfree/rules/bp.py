@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
-from bpfree.losses import batch_loss, output_of
+from bpfree.losses import Loss, batch_loss, output_of
 from bpfree.optimizers import Updates
 from bpfree.results import StepResult
 from bpfree.rules.base import Learner
-from bpfree.stages import Stage
+from bpfree.stages import Layer, Stage
 
 
 class BP(Learner):
     """Plain torch: autograd computes the gradients, the optimizer's own ``step()`` applies them."""
 
     rule = "bp"
+    layers = get_args(Layer)
     uses_kernels = False
 
     def __init__(
@@ -23,7 +26,7 @@ class BP(Learner):
         model: nn.Sequential,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        loss: str = "ce",
+        loss: Loss = "ce",
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
@@ -49,4 +52,4 @@ class BP(Learner):
         return StepResult(loss.detach(), output_of(logits.detach(), self.loss))
 
     def _explain_stage(self, stage: Stage) -> str:
-        return self._explain_updates(stage, fusable=False)
+        return self._explain_updates(stage, apart="torch computes the gradient")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import bpfree_kernels as kernels
 from bpfree import feedback as random_feedback
 from bpfree.convolution import convolutions
+from bpfree.losses import Loss
 from bpfree.optimizers import Updates
 from bpfree.results import StepResult
 from bpfree.rules._output import learn_output
@@ -38,7 +39,7 @@ class DRTP(Learner):
         model: nn.Sequential,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        loss: str = "bce",
+        loss: Loss = "bce",
         seed: int = 0,
         feedback: Mapping[str, Tensor] | None = None,
         input_shape: Sequence[int] | None = None,

@@ -12,6 +12,7 @@ import bpfree_kernels as kernels
 from bpfree import differences, seeds
 from bpfree import feedback as random_feedback
 from bpfree.convolution import channels_last, convolutions
+from bpfree.losses import Loss, name_of, op_arguments
 from bpfree.mirroring import WeightMirroring, draw_factors, draw_noise, mirror, projection
 from bpfree.optimizers import Updates
 from bpfree.results import StepResult
@@ -68,7 +69,7 @@ class PEPITA(Learner):
         model: nn.Sequential,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        loss: str = "ce",
+        loss: Loss = "ce",
         feedback_scale: float = 0.05,
         presynaptic: str = "modulated",
         output_error: str = "first",
@@ -251,7 +252,7 @@ class PEPITA(Learner):
         h, kept = self._first_pass(x)
         layer = self.network.output.layer
         first = kernels.classifier_forward(
-            h, layer.weight, layer.bias, y, loss=self.loss, backend=self.backend
+            h, layer.weight, layer.bias, y, backend=self.backend, **op_arguments(self.loss)
         )
         by = Modulation(first.error, self._feedback[INPUT])
         for passed in kept:
@@ -277,7 +278,7 @@ class PEPITA(Learner):
             mask, rest = differences.leading_dropout(stage.after, h)
             if mask is not None:
                 h = h * mask if h is z else h.mul_(mask)
-            h, ways = differences.run(rest, h)
+            h, ways = differences.run(rest, h, self.backend)
             kept.append(Kept(stage, x, z, mask, ways))
             x = h
         return x, kept
@@ -325,9 +326,10 @@ class PEPITA(Learner):
                 learn_output(self, by.of(h), y, updates)
                 return
             error = kernels.classifier_forward(
-                by.of(h), layer.weight, layer.bias, y, loss=self.loss, backend=self.backend
-            ).error
-        scale = kernels.gradient_scale(self.loss, *error.shape)
+                by.of(h), layer.weight, layer.bias, y,
+                backend=self.backend, **op_arguments(self.loss),
+            ).error  # fmt: skip
+        scale = kernels.gradient_scale(name_of(self.loss), *error.shape)
         pre = by.of(h) if modulated else h
         learn_dense(self, layer, error, pre, updates, scale=scale)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import Tensor
 
 from bpfree.optimizers import Updates
 from bpfree.results import StepResult
 from bpfree.rules._output import learn_output
 from bpfree.rules.base import Learner
-from bpfree.stages import Stage
+from bpfree.stages import Layer, Stage
 
 
 class Shallow(Learner):
@@ -19,6 +21,7 @@ class Shallow(Learner):
     """
 
     rule = "shallow"
+    layers = get_args(Layer)
 
     def _learn(self, x: Tensor, y: Tensor, updates: Updates) -> StepResult:
         x = self.network.enter(x)

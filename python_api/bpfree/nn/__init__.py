@@ -1,0 +1,26 @@
+"""Modules for ordinary PyTorch training loops: no learner needed."""
+
+from bpfree.nn.activation import SaturatedLinear
+from bpfree.nn.connectivity import random_connectivity
+from bpfree.nn.feedback import (
+    FeedbackConv2d,
+    FeedbackLinear,
+    FeedbackLocallyConnected2d,
+    feedback_weights,
+)
+from bpfree.nn.local import LocallyConnected1d, LocallyConnected2d
+from bpfree.nn.loss import MultiClassHingeLoss
+from bpfree.nn.untie import untie
+
+__all__ = [
+    "FeedbackConv2d",
+    "FeedbackLinear",
+    "FeedbackLocallyConnected2d",
+    "LocallyConnected1d",
+    "LocallyConnected2d",
+    "MultiClassHingeLoss",
+    "SaturatedLinear",
+    "feedback_weights",
+    "random_connectivity",
+    "untie",
+]
