@@ -42,14 +42,10 @@ inline void apply_lanes(const UpdateRule<T>& u, Vec<T> g, T* value, T* m, T* v, 
 // The lanes whose byte is not zero.
 template <class T>
 inline VecBits<T> load_mask(const uint8_t* from, int64_t lanes) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
-  Bytes bytes = {};
-  if (lanes == kLanes<T>) {
-    std::memcpy(&bytes, from, sizeof bytes);
-  } else {
-    std::memcpy(&bytes, from, static_cast<size_t>(lanes));
-  }
-  return __builtin_convertvector(bytes, VecBits<T>) != 0;
+  if (lanes == kLanes<T>) return widen<T>(from) != 0;
+  uint8_t bytes[kLanes<T>] = {};
+  std::memcpy(bytes, from, static_cast<size_t>(lanes));
+  return widen<T>(bytes) != 0;
 }
 
 // Sends `rows` rows of `count` gradient elements to their target, whose rows lie `stride` apart.

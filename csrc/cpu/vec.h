@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -100,6 +100,26 @@ inline void store(T* to, Vec<T> v, FirstLanes<T> first) {
 #else
   if (first.count == kLanes<T>) return store(to, v);
   std::memcpy(to, &v, static_cast<size_t>(first.count) * sizeof(T));
+#endif
+}
+
+// A vector's worth of bytes as whole numbers. (GCC takes __builtin_convertvector apart lane by lane here.)
+template <class T>
+inline VecBits<T> widen(const uint8_t* from) {
+#if defined(__AVX512F__)
+  __m128i bytes = {};
+  std::memcpy(&bytes, from, kLanes<T>);
+  return sizeof(T) == 4 ? (VecBits<T>)_mm512_cvtepu8_epi32(bytes)
+                        : (VecBits<T>)_mm512_cvtepu8_epi64(bytes);
+#elif defined(__AVX2__)
+  __m128i bytes = {};
+  std::memcpy(&bytes, from, kLanes<T>);
+  return sizeof(T) == 4 ? (VecBits<T>)_mm256_cvtepu8_epi32(bytes)
+                        : (VecBits<T>)_mm256_cvtepu8_epi64(bytes);
+#else
+  VecBits<T> wide;
+  for (int i = 0; i < kLanes<T>; ++i) wide[i] = from[i];
+  return wide;
 #endif
 }
 
