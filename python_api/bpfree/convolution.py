@@ -23,8 +23,12 @@ def _pair(value: tuple[int, ...]) -> tuple[int, int]:
 
 def channels_last(maps: Tensor) -> Tensor:
     """The same maps with the channels last in memory, on the CPU: torch is several times faster then."""
-    cpu = maps.device.type == "cpu"
-    return maps.contiguous(memory_format=torch.channels_last) if cpu else maps
+    if maps.device.type != "cpu":
+        return maps
+    _, channels, height, width = maps.shape
+    # With one channel a map lies both ways, and torch looks at the strides to choose for its result.
+    strides = (height * width * channels, 1, width * channels, channels)
+    return maps.contiguous(memory_format=torch.channels_last).as_strided(maps.shape, strides)
 
 
 def by_place(maps: Tensor) -> Tensor:
