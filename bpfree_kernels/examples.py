@@ -175,6 +175,7 @@ EXAMPLES: dict[str, Callable[[_Maker], tuple[Any, ...]]] = {
     "pepita_linear_step": _pepita_linear_step,
     "pepita_linear_grad": _pepita_linear_grad,
     "pepita_difference": _pepita_difference,
+    "pepita_difference_": _pepita_difference,
     "pepita_max_pool": _pepita_max_pool,
     "local_conv_forward": _local_conv_forward,
     "local_conv_feedback": _local_conv_feedback,

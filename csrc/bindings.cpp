@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(bpfree, CPU, library) {
   library.impl("pepita_linear_step", TORCH_BOX(&bpfree::cpu::pepita_linear_step));
   library.impl("pepita_linear_grad", TORCH_BOX(&bpfree::cpu::pepita_linear_grad));
   library.impl("pepita_difference", TORCH_BOX(&bpfree::cpu::pepita_difference));
+  library.impl("pepita_difference_", TORCH_BOX(&bpfree::cpu::pepita_difference_));
   library.impl("pepita_max_pool", TORCH_BOX(&bpfree::cpu::pepita_max_pool));
   library.impl("classifier_forward", TORCH_BOX(&bpfree::cpu::classifier_forward));
   library.impl("classifier_step", TORCH_BOX(&bpfree::cpu::classifier_step));

@@ -21,6 +21,13 @@ def pepita_difference(
     return difference(z, change, activation, slope)
 
 
+def pepita_difference_(
+    z: Tensor, change: Tensor, basis: Tensor | None, activation: str, slope: float
+) -> None:
+    """f(z + Δz) − f(z), written into z."""
+    z.copy_(pepita_difference(z, change, basis, activation, slope))
+
+
 def _change_of_output(
     z: Tensor,
     change: Tensor,

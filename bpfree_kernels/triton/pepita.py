@@ -233,6 +233,20 @@ def pepita_difference(
 ) -> Tensor:
     """f(z + Δz) − f(z), shaped like z [batch, ...]; with a basis, Δz = Σ_c change_c · basis_c."""
     changed = torch.empty_like(z)
+    _difference(z, change, basis, activation, slope, changed)
+    return changed
+
+
+def pepita_difference_(
+    z: Tensor, change: Tensor, basis: Tensor | None, activation: str, slope: float
+) -> None:
+    """f(z + Δz) − f(z), written into z [batch, ...]: a program reads its tile before it writes it."""
+    _difference(z, change, basis, activation, slope, z)
+
+
+def _difference(
+    z: Tensor, change: Tensor, basis: Tensor | None, activation: str, slope: float, changed: Tensor
+) -> None:
     batch, classes, size = z.shape[0], change.shape[1], math.prod(z.shape[1:])
     blocks = DIFFERENCE_BLOCKS
     grid = (triton.cdiv(batch, blocks.BLOCK_N) * triton.cdiv(size, blocks.BLOCK_H),)
@@ -240,4 +254,3 @@ def pepita_difference(
         difference_kernel, grid, z, change, basis, changed, slope, batch, classes, on=z,
         **sizes(size=size), ACTIVATION=activation, **products(z, blocks),
     )  # fmt: skip
-    return changed

@@ -95,10 +95,10 @@ Tensor pepita_linear_grad(Tensor z, Tensor pre, Tensor change, MaybeTensor feedb
   });
 }
 
-Tensor pepita_difference(Tensor z, Tensor change, MaybeTensor basis, StringHandle activation,
-                         double slope) {
-  const Tensor result = new_output(z);
-  const Activation kind = parse_activation(take_string(activation));
+namespace {
+
+void write_difference(const Tensor& z, const Tensor& change, const MaybeTensor& basis,
+                      Activation kind, double slope, const Tensor& result) {
   with_dtype(z, [&]<class T>() {
     if (basis) {
       const int64_t size = z.size(0) ? z.numel() / z.size(0) : 0;
@@ -111,7 +111,21 @@ Tensor pepita_difference(Tensor z, Tensor change, MaybeTensor basis, StringHandl
                               data<T>(result), begin, end);
     });
   });
+}
+
+}  // namespace
+
+Tensor pepita_difference(Tensor z, Tensor change, MaybeTensor basis, StringHandle activation,
+                         double slope) {
+  const Tensor result = new_output(z);
+  write_difference(z, change, basis, parse_activation(take_string(activation)), slope, result);
   return result;
+}
+
+void pepita_difference_(Tensor z, Tensor change, MaybeTensor basis, StringHandle activation,
+                        double slope) {
+  // a task reads a vector of z before it writes the same one
+  write_difference(z, change, basis, parse_activation(take_string(activation)), slope, z);
 }
 
 Tensor pepita_max_pool(Tensor y, MaybeTensor change, int64_t rows, int64_t columns, int64_t kernel_h,

@@ -18,6 +18,9 @@ Tensor pepita_linear_grad(Tensor z, Tensor pre, Tensor change, MaybeTensor feedb
 Tensor pepita_difference(Tensor z, Tensor change, MaybeTensor basis, StringHandle activation,
                          double slope);
 
+void pepita_difference_(Tensor z, Tensor change, MaybeTensor basis, StringHandle activation,
+                        double slope);
+
 Tensor pepita_max_pool(Tensor y, MaybeTensor change, int64_t rows, int64_t columns, int64_t kernel_h,
                        int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_top,
                        int64_t pad_left, int64_t dilation_h, int64_t dilation_w);

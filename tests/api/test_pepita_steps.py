@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nets import assert_close, assert_equal, conv, conv_batch, dense, dense_batch, snapshot
-from pepita_equations import NETS, plain_twin
+from pepita_equations import NETS, assert_same_grads, plain_twin
 from torch import nn
 
 import bpfree
@@ -320,3 +320,21 @@ def test_the_time_local_variant_learns_too() -> None:
     assert 0.2 < moved < 3
     assert accuracy > max(0.85, control + 0.05)
     assert feedback_angle(learner) > 110
+
+
+def test_a_convolution_without_activation_keeps_its_output() -> None:
+    """Δy must not take the place of z where z is the output that pooling and the next layer read."""
+
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2), nn.Tanh(), nn.Flatten(),
+            nn.Linear(12, 5),
+        ).double()  # fmt: skip
+
+    x, y = torch.randn(7, 2, 8, 8, dtype=torch.float64), torch.arange(7) % 5
+    model, plain_model = net(), net()
+    learner = bpfree.PEPITA(model, seed=3, input_shape=x.shape[1:])
+    learner.grads(x, y)
+    plain_twin(learner, plain_model).backward(x, y)
+    assert_same_grads(model, plain_model)

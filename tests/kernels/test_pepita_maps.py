@@ -124,3 +124,35 @@ def test_no_error_no_change(target: Target, dtype: torch.dtype) -> None:
     for activation in bk.ACTIVATIONS:
         got = bk.pepita_difference(z, error, basis=basis, activation=activation, backend=backend)
         assert torch.count_nonzero(got) == 0
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "identity"])
+def test_in_place(activation: str, last: bool, target: Target) -> None:
+    """The same values, in z itself; and its version says so."""
+    backend, device = target
+    z, error, basis = draw(torch.float32, device, (3, 4, 5, 6), (3, 2), (2, 4, 5, 6))
+    if last:
+        z = z.contiguous(memory_format=torch.channels_last)
+    options = {"basis": basis, "activation": activation, "backend": backend}
+    wanted = bk.pepita_difference(z, error, **options)
+    version = z._version
+    assert bk.pepita_difference(z, error, in_place=True, **options) is z
+    assert torch.equal(z, wanted)
+    assert z._version > version
+
+
+def test_in_place_on_every_second_column(target: Target) -> None:
+    backend, device = target
+    whole, change = draw(torch.float32, device, (3, 4, 5, 6), (3, 4, 5, 3))
+    before = whole.clone()
+    wanted = bk.pepita_difference(whole[..., ::2], change, backend=backend)
+    bk.pepita_difference(whole[..., ::2], change, in_place=True, backend=backend)
+    assert torch.equal(whole[..., ::2], wanted)
+    assert torch.equal(whole[..., 1::2], before[..., 1::2])
+
+
+def test_in_place_refuses_shared_memory() -> None:
+    z = torch.randn(2, 6)
+    with pytest.raises(ValueError, match="change and z share memory"):
+        bk.pepita_difference(z, z, in_place=True)

@@ -142,6 +142,7 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "pepita_linear_step": lambda: _pepita_samples("pepita_linear_step"),
     "pepita_linear_grad": lambda: _pepita_samples("pepita_linear_grad"),
     "pepita_difference": _difference_samples,
+    "pepita_difference_": _difference_samples,
     "pepita_max_pool": _max_pool_samples,
     **LOCAL_CONV,
     **DIFFERENTIABLE,

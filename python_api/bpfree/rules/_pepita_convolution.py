@@ -34,7 +34,7 @@ def change_convolution(learner: PEPITA, kept: Kept, by: Modulation, updates: Upd
         updates: takes the gradients.
 
     Returns:
-        Δy, [batch, out, height, width].
+        Δy, [batch, out, height, width]; where it can, it takes the place of the stage's z.
     """
     stage, convolution = kept.stage, learner.convolutions[kept.stage.name]
     images = None
@@ -44,12 +44,15 @@ def change_convolution(learner: PEPITA, kept: Kept, by: Modulation, updates: Upd
     else:
         by = by.written_out(kept.x)
         change, basis = convolution.linear(convolution.pad(by.change)), None
+    # Without an activation, z is the stage's output as well, which is still needed.
+    in_place = stage.activation != "identity"
     changed = kernels.pepita_difference(
         kept.z, change, basis=basis,
-        activation=stage.activation, slope=stage.slope, backend=learner.backend,
+        activation=stage.activation, slope=stage.slope, in_place=in_place,
+        backend=learner.backend,
     )  # fmt: skip
     if kept.mask is not None:
-        changed = changed * kept.mask
+        changed = changed.mul_(kept.mask)
     if updates.wants_any(stage.layer):
         _learn(learner, kept, by, images, changed, updates)
     return changed
