@@ -122,6 +122,9 @@ class _Untied(Products):
         super().__init__(stage, backend)
         self._place = place_of(layer)
 
+    def enter(self, x: Tensor) -> Tensor:
+        return channels_last(x)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         stage = self.stage
         return kernels.local_conv_forward(
