@@ -1,7 +1,7 @@
 """DRTP: a training step against torch.mm's bare products, eager torch, torch.compile, the authors'
 formulation and a backprop step.
 
-    pytest benchmarks/bench_drtp.py --results docs/results/cpu
+    pytest benchmarks/bench_drtp.py --results docs/results/cpu-drtp
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Locally connected layers: forward, update, feedback and masks against unfold + bmm, torch.compile of it,
 the broadcast recipe, the bare batched products, and the tied convolution of the same size.
 
-    pytest benchmarks/bench_local_conv.py --results docs/results/cpu
+    pytest benchmarks/bench_local_conv.py --results docs/results/cpu-local_conv
 """
 
 from __future__ import annotations

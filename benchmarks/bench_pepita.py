@@ -1,7 +1,7 @@
 """PEPITA: dense and convolutional training steps against torch's products and operations, eager torch,
 torch.compile, the literal two passes and a backprop step.
 
-    pytest benchmarks/bench_pepita.py --results docs/results/cpu
+    pytest benchmarks/bench_pepita.py --results docs/results/cpu-pepita
 """
 
 from __future__ import annotations

@@ -76,12 +76,12 @@ class TrainConfig:
     momentum: float | None
     weight_decay: float | None
     loss: str
-    activation: str | None
-    dropout: float | None
     standardize: bool
     seed: int
     device: str
     threads: int | None
+    activation: str | None = None
+    dropout: float | None = None
     lr_drops: tuple[int, ...] = ()
     input_dropout: bool = True
     bias: bool | None = None
