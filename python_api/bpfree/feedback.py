@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree import seeds
+from bpfree.nn._locally_connected import spread
 
 
 def draw(classes: int, units: tuple[int, ...], *, seed: int, position: int) -> Tensor:
@@ -69,4 +70,4 @@ def draw_weights(weight: Tensor, *, seed: int, position: int) -> Tensor:
     kernel = torch.empty(like.shape, dtype=torch.float32, device="cpu")
     generator = seeds.generator("feedback weights", seed, position)
     nn.init.xavier_uniform_(kernel, generator=generator)
-    return kernel.permute(2, 3, 1, 0).expand(weight.shape).contiguous() if untied else kernel
+    return spread(kernel, weight.shape[:2]) if untied else kernel
