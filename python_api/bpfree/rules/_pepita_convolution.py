@@ -54,7 +54,7 @@ def change_convolution(learner: PEPITA, kept: Kept, by: Modulation, updates: Upd
     if kept.mask is not None:
         changed = changed.mul_(kept.mask)
     if updates.wants_any(stage.layer):
-        _learn(learner, kept, by, images, changed, updates)
+        _learn(learner, kept, by, images, basis, changed, updates)
     return changed
 
 
@@ -63,10 +63,14 @@ def _learn(
     kept: Kept,
     by: Modulation,
     images: Tensor | None,
+    basis: Tensor | None,
     changed: Tensor,
     updates: Updates,
 ) -> None:
-    """∂W = −Σ Δy · patch(pre) / (N·P), ∂b = −Σ Δy / (N·P); `images` are the F_c, if they are used."""
+    """∂W = −Σ Δy · patch(pre) / (N·P), ∂b = −Σ Δy / (N·P).
+
+    `images` are the F_c and `basis` the conv(F_c), if they are used.
+    """
     layer, convolution = kept.stage.layer, learner.convolutions[kept.stage.name]
     modulated = learner.presynaptic == "modulated"
     pre = by.of(kept.x) if modulated and images is None else kept.x
@@ -76,13 +80,13 @@ def _learn(
         weight=updates.wants(layer.weight),
         bias=layer.bias is not None and updates.wants(layer.bias),
     )
-    if of_weight is not None and modulated and images is not None:
-        # in the order of memory, so that nothing is copied
-        rows = by_place(changed)
-        mixed = (by.change.t() @ rows.flatten(1)).unflatten(
-            1, changed.shape[2:] + changed.shape[1:2]
-        )
-        mixed = mixed.permute(0, 3, 1, 2)
+    if of_weight is not None and modulated and images is not None and basis is not None:
+        # Σ_n e_nc Δy_n; in the order of memory, so that nothing is copied
+        mixed, _ = kernels.dense_grad(
+            by.change, by_place(changed).flatten(1), by_place(basis).flatten(1), None,
+            backend=learner.backend,
+        )  # fmt: skip
+        mixed = mixed.view(-1, *changed.shape[2:], changed.shape[1]).permute(0, 3, 1, 2)
         of_images, _ = convolution.gradients(
             convolution.pad(images), mixed, weight=True, bias=False
         )
