@@ -35,7 +35,8 @@ bench: $(VENV)/.built
 
 # The papers' accuracy figures; BPFREE_DATA or the download cache has the data sets.
 paper: $(VENV)/.built
-	for table in drtp-mnist pepita-mnist pepita-cifar pepita-mnist-conv urfb-cifar; do \
+	for table in drtp-mnist pepita-mnist pepita-cifar pepita-cifar-full pepita-mnist-conv \
+	  urfb-cifar; do \
 	  $(BIN)/python benchmarks/paper.py $$table || exit 1; \
 	done
 

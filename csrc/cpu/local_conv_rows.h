@@ -186,7 +186,8 @@ inline void feedback_tile(const T* signal, const T* weight, const WindowsOver& o
   Vec<T> acc[samples][channels] = {};
   const int64_t whole = (width - 1) / kLanes<T> * kLanes<T>;
   const FirstLanes<T> last(width - whole);
-  for (int64_t i = 0; i < over.count(); ++i) {
+  const int64_t count = width ? over.count() : 0;  // without outputs nothing may be read
+  for (int64_t i = 0; i < count; ++i) {
     const T* w = weight + over.weights()[i];
     const T* s = signal + over.signals()[i];
     const auto add = [&](auto&& read) __attribute__((always_inline)) {
