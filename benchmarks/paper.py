@@ -98,7 +98,8 @@ TABLES = {
     "pepita-cifar-full": Table(
         "PEPITA: CIFAR-10 as in pepita-cifar, for all of the paper's 100 epochs (lr ×0.1 after 60 and 90), "
         "which take the authors' code 1.5 hours by their README; accuracies in Table 1: 52.57 ± 0.36 for "
-        "PEPITA, 55.27 ± 0.32 for BP; in their log of one run 45.05, 50.92 and 52.58 after epochs 10, 60 and 100",
+        "PEPITA, 55.27 ± 0.32 for BP; in their log of one run 45.05, 50.92 and 52.58 after epochs 10, 60 "
+        "and 100",
         {
             **_PEPITA_NET, "data": "cifar-10", "epochs": 100, "lr": 0.01, "lr_drops": (60, 90),
         },
