@@ -336,6 +336,11 @@ def check_layer(
     dilation: Ints,
     groups: int,
 ) -> Geometry:
+    """Check the input and the parameters of a layer; returns where its windows lie.
+
+    Raises:
+        TypeError, ValueError: as `local_conv_forward`.
+    """
     checks.floating("x", x)
     checks.dims("x", x, 4, "[batch, in, height, width]")
     checks.dims("weight", weight, 6, WEIGHT_SHAPE)

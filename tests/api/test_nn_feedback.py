@@ -192,3 +192,9 @@ def test_saturated_linear_keeps_the_derivative_at_its_bounds() -> None:
     assert z.grad.tolist() == [0, 0.5, 0.5, 0.5, 0]
     with pytest.raises(ValueError, match="slope"):
         bpfree.nn.SaturatedLinear(0)
+
+
+def test_untying_loses_no_feedback() -> None:
+    conv = bpfree.nn.FeedbackConv2d(2, 3, 3)
+    with pytest.raises(TypeError, match="feedback weights would be lost"):
+        bpfree.nn.LocallyConnected2d.from_conv2d(conv, 5)

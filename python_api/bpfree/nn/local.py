@@ -6,6 +6,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from bpfree.nn._feedback_layer import FeedbackLayer
 from bpfree.nn._locally_connected import LocallyConnected
 from bpfree_kernels import local_conv
 from bpfree_kernels.ops.local_conv import Ints
@@ -57,9 +58,14 @@ class LocallyConnected2d(LocallyConnected):
             input_size: (height, width) of its input.
 
         Raises:
-            TypeError: something else than a `torch.nn.Conv2d`.
+            TypeError: something else than a `torch.nn.Conv2d`, or one with feedback weights.
             ValueError: a padding mode other than zeros, or an input smaller than the window.
         """
+        if isinstance(conv, FeedbackLayer):
+            raise TypeError(
+                f"conv is a {type(conv).__name__}, whose feedback weights would be lost: use "
+                "FeedbackLocallyConnected2d.from_conv2d."
+            )
         return cls._from_tied(conv, input_size)
 
 
