@@ -194,8 +194,8 @@ def pepita_difference(
         basis: basis images conv(F_c) without bias, [classes, ...].
         activation: see `bpfree_kernels.activations`.
         slope: parameter of ``leaky_relu`` and ``hardtanh``.
-        in_place: write the result into `z`, which a second pass needs for the last time here. Large
-            maps are twice as fast then.
+        in_place: write the result into `z`, which a second pass needs for the last time here; that
+            saves fresh memory, which costs more than the arithmetic for large maps.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"`` instead of the device's default.
 
     Returns:
