@@ -9,6 +9,7 @@ from bpfree_kernels._version import __version__
 from bpfree_kernels.activations import ACTIVATIONS
 from bpfree_kernels.backends import BackendFallbackWarning, explain
 from bpfree_kernels.checks import set_label_checks
+from bpfree_kernels.geometry import MaxPool
 from bpfree_kernels.ops.classifier import (
     ClassifierOutput,
     classifier_forward,
@@ -16,8 +17,15 @@ from bpfree_kernels.ops.classifier import (
     classifier_step,
     gradient_scale,
 )
+from bpfree_kernels.ops.conv import conv_grad, conv_step
 from bpfree_kernels.ops.dense import DenseOutput, dense_forward, dense_grad, dense_step
 from bpfree_kernels.ops.drtp import drtp_linear_grad, drtp_linear_step, drtp_signal
+from bpfree_kernels.ops.ekdaa import (
+    UPSAMPLINGS,
+    ekdaa_conv_error,
+    ekdaa_error,
+    ekdaa_linear_error,
+)
 from bpfree_kernels.ops.local_conv import (
     LocalConvOutput,
     local_conv_feedback,
@@ -34,6 +42,7 @@ from bpfree_kernels.update import SGD, Adam, AdamW, LayerState, ParamState
 __all__ = [
     "ACTIVATIONS",
     "SGD",
+    "UPSAMPLINGS",
     "Adam",
     "AdamW",
     "BackendFallbackWarning",
@@ -41,6 +50,7 @@ __all__ = [
     "DenseOutput",
     "LayerState",
     "LocalConvOutput",
+    "MaxPool",
     "ParamState",
     "__version__",
     "apply_update",
@@ -48,12 +58,17 @@ __all__ = [
     "classifier_forward",
     "classifier_grad",
     "classifier_step",
+    "conv_grad",
+    "conv_step",
     "dense_forward",
     "dense_grad",
     "dense_step",
     "drtp_linear_grad",
     "drtp_linear_step",
     "drtp_signal",
+    "ekdaa_conv_error",
+    "ekdaa_error",
+    "ekdaa_linear_error",
     "explain",
     "gradient_scale",
     "local_conv",

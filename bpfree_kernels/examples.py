@@ -29,7 +29,7 @@ class _Maker:
         """Labels in which every class appears."""
         return torch.arange(BATCH, device=self._device) % CLASSES
 
-    def adam(self, weight: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    def adam(self, weight: Tensor, bias: Tensor, feedback: Tensor | None = None) -> tuple[Any, ...]:
         """Update rule and state in schema order."""
         rule = Adam(lr=1e-2)
         state: LayerState = rule.new_state(weight, bias)
@@ -37,6 +37,7 @@ class _Maker:
         return (
             *rule.args(), of_weight.m, of_weight.v, of_weight.step,
             of_bias.m, of_bias.v, of_bias.step,
+            *(() if feedback is None else vars(rule.new_param_state(feedback)).values()),
         )  # fmt: skip
 
 
@@ -85,7 +86,9 @@ def _dense_forward(make: _Maker) -> tuple[Any, ...]:
 
 def _dense_step(make: _Maker) -> tuple[Any, ...]:
     pre, weight, bias = _dense(make)
-    return (make.normal(BATCH, OUT), pre, weight, bias, 0.5, *make.adam(weight, bias))
+    feedback = make.normal(OUT, IN)
+    rule = make.adam(weight, bias, feedback)
+    return (make.normal(BATCH, OUT), pre, weight, bias, feedback, 0.5, 0.1, *rule)
 
 
 def _dense_grad(make: _Maker) -> tuple[Any, ...]:
@@ -146,20 +149,54 @@ def _local_conv_grad(make: _Maker) -> tuple[Any, ...]:
 def _local_conv_step(make: _Maker) -> tuple[Any, ...]:
     x, weight, bias, signal, geometry = _local_conv(make)
     feedback = make.normal(*weight.shape)
-    rule = make.adam(weight, bias)
-    of_feedback = Adam().new_param_state(feedback)
     masks = (weight > 0, feedback > 0)
-    return (
-        signal, x, weight, bias, feedback, *masks, 0.5, *geometry, *rule,
-        of_feedback.m, of_feedback.v, of_feedback.step,
-    )  # fmt: skip
+    rule = make.adam(weight, bias, feedback)
+    return (signal, x, weight, bias, feedback, *masks, 0.5, *geometry, *rule)
+
+
+def _conv(make: _Maker) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """x, weight, bias, signal and geometry: as `_local_conv`."""
+    x, weight = make.normal(BATCH, 4, 5, 4), make.normal(OUT, 2, 3, 2)
+    return x, weight, make.normal(OUT), make.normal(BATCH, OUT, 3, 3), (2, 1, 1, 0, 1, 1, 2)
+
+
+def _conv_step(make: _Maker) -> tuple[Any, ...]:
+    x, weight, bias, signal, geometry = _conv(make)
+    feedback = make.normal(*weight.shape)
+    rule = make.adam(weight, bias, feedback)
+    return (signal, x, weight, bias, feedback, 0.5, 0.1, *geometry, *rule)
+
+
+def _conv_grad(make: _Maker) -> tuple[Any, ...]:
+    x, weight, bias, signal, geometry = _conv(make)
+    grads = (torch.zeros_like(weight), torch.zeros_like(bias))
+    return (signal, x, 0.5, *geometry, *grads, False)
+
+
+_POOL = (2, 2, 2, 2, 0, 0, 1, 1)
+
+
+def _ekdaa_error(make: _Maker) -> tuple[Any, ...]:
+    change, z = make.normal(BATCH, 4, 3, 2), make.normal(BATCH, 4, 6, 5)
+    return (change, z, 0.9, "argmax", *_POOL, "tanh", 0.0)
+
+
+def _ekdaa_linear_error(make: _Maker) -> tuple[Any, ...]:
+    error, feedback = make.normal(BATCH, OUT), make.normal(OUT, IN)
+    return (error, feedback, make.normal(BATCH, IN), 0.9, "tanh", 0.0)
+
+
+def _ekdaa_conv_error(make: _Maker) -> tuple[Any, ...]:
+    x, feedback, _, error, geometry = _conv(make)
+    z, size = make.normal(BATCH, 4, 10, 9), tuple(x.shape[2:])
+    return (error, feedback, z, 0.9, *geometry, *size, "argmax", *_POOL, "tanh", 0.0)
 
 
 def _apply_update(make: _Maker) -> tuple[Any, ...]:
     param, grad = make.normal(OUT, IN), make.normal(OUT, IN)
     rule = Adam(lr=1e-2)
     state = rule.new_param_state(param)
-    return (param, grad, *rule.args(), state.m, state.v, state.step)
+    return (param, grad, 0.5, 1.0, *rule.args(), state.m, state.v, state.step)
 
 
 EXAMPLES: dict[str, Callable[[_Maker], tuple[Any, ...]]] = {
@@ -181,6 +218,11 @@ EXAMPLES: dict[str, Callable[[_Maker], tuple[Any, ...]]] = {
     "local_conv_feedback": _local_conv_feedback,
     "local_conv_grad": _local_conv_grad,
     "local_conv_step": _local_conv_step,
+    "conv_step": _conv_step,
+    "conv_grad": _conv_grad,
+    "ekdaa_error": _ekdaa_error,
+    "ekdaa_linear_error": _ekdaa_linear_error,
+    "ekdaa_conv_error": _ekdaa_conv_error,
     "apply_update": _apply_update,
 }
 """Op name → maker of its arguments, in schema order."""

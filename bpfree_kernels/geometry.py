@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 Pair = tuple[int, int]
@@ -26,6 +27,33 @@ class Geometry(NamedTuple):
 
 GEOMETRY_SCHEMA = ", ".join(f"int {field}" for field in Geometry._fields)
 """`Geometry` in the schema of an op."""
+
+
+class Pooling(NamedTuple):
+    """How the windows of a max pooling lie on a map, as the bodies get it, in schema order."""
+
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_top: int
+    pad_left: int
+    dilation_h: int
+    dilation_w: int
+
+    @property
+    def kernel(self) -> Pair:
+        """Height and width of a window."""
+        return self.kernel_h, self.kernel_w
+
+    @property
+    def stride(self) -> Pair:
+        """Step between windows, (down, across)."""
+        return self.stride_h, self.stride_w
+
+
+POOLING_SCHEMA = ", ".join(f"int {field}" for field in Pooling._fields)
+"""`Pooling` in the schema of an op."""
 
 
 def pair(name: str, value: int | Sequence[int], least: int) -> Pair:
@@ -124,27 +152,61 @@ def geometry(
     return Geometry(*steps, top, left, *apart, groups)
 
 
-def pooled_size(
-    input_size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, *, ceil_mode: bool
-) -> Pair:
-    """Height and width of a pooled map, as torch counts them.
+@dataclass(frozen=True)
+class MaxPool:
+    """A max pooling, with the arguments of `torch.nn.MaxPool2d`.
 
-    With `ceil_mode` a window may reach over the lower or right edge, if it starts on the map or in the
-    padding before it.
+    Args:
+        kernel_size: height and width of a window, or one int for both.
+        stride: step between windows; the kernel's size by default.
+        padding: rows and columns around the map, at most half of the kernel.
+        dilation: distance of a window's elements.
+        ceil_mode: whether a window may reach over the lower or right edge, if it starts on the map or in
+            the padding before it.
 
     Raises:
-        ValueError: a map smaller than the window.
+        TypeError: something else than ints.
+        ValueError: values out of range.
     """
-    sizes = []
-    for size, k, s, pad, d in zip(input_size, kernel, stride, padding, dilation, strict=True):
-        room = size + 2 * pad - d * (k - 1) - 1
-        count = (-(-room // s) if ceil_mode else room // s) + 1
-        if ceil_mode and (count - 1) * s >= size + pad:
-            count -= 1
-        sizes.append(count)
-    if min(sizes) < 1:
-        raise ValueError(
-            f"input size {input_size} is smaller than the window: kernel {kernel}, "
-            f"dilation {dilation}, padding {padding}."
-        )
-    return sizes[0], sizes[1]
+
+    kernel_size: int | Sequence[int]
+    stride: int | Sequence[int] | None = None
+    padding: int | Sequence[int] = 0
+    dilation: int | Sequence[int] = 1
+    ceil_mode: bool = False
+
+    def __post_init__(self) -> None:
+        pads, kernel = pair("padding", self.padding, 0), pair("kernel_size", self.kernel_size, 1)
+        if any(2 * pad > size for pad, size in zip(pads, kernel, strict=True)):
+            raise ValueError(f"padding must be at most half of kernel_size {kernel}, got {pads}.")
+        self.windows()
+
+    def windows(self) -> Pooling:
+        """How the windows lie."""
+        kernel = pair("kernel_size", self.kernel_size, 1)
+        steps = kernel if self.stride is None else pair("stride", self.stride, 1)
+        pads, apart = pair("padding", self.padding, 0), pair("dilation", self.dilation, 1)
+        return Pooling(*kernel, *steps, *pads, *apart)
+
+    def size(self, input_size: Pair) -> Pair:
+        """Height and width of the pooled map of a map, as torch counts them.
+
+        Raises:
+            ValueError: a map smaller than the window.
+        """
+        sizes = []
+        windows = self.windows()
+        pads, apart = windows[4:6], windows[6:8]
+        places = zip(input_size, windows.kernel, windows.stride, pads, apart, strict=True)
+        for size, k, s, pad, d in places:
+            room = size + 2 * pad - d * (k - 1) - 1
+            count = (-(-room // s) if self.ceil_mode else room // s) + 1
+            if self.ceil_mode and (count - 1) * s >= size + pad:
+                count -= 1
+            sizes.append(count)
+        if min(sizes) < 1:
+            raise ValueError(
+                f"input size {input_size} is smaller than the window: kernel {windows.kernel}, "
+                f"dilation {apart}, padding {pads}."
+            )
+        return sizes[0], sizes[1]

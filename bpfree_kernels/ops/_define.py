@@ -26,6 +26,9 @@ LAYER_UPDATE_SCHEMA = (
 )
 """The update rule and the state of one layer, as every ``*_step`` op takes them."""
 
+FEEDBACK_STATE_SCHEMA = "Tensor(s!)? feedback_m, Tensor(t!)? feedback_v, Tensor? feedback_step"
+"""The state of a feedback weight, where one learns beside the layer."""
+
 
 def define(
     name: str,

@@ -80,6 +80,20 @@ def check_param_state(label: str, param: Tensor, state: ParamState, update: Upda
         checks.scalar(f"{label}.step", step, param.device)
 
 
+def check_feedback(feedback: Tensor | None, weight: Tensor, **belonging: object) -> None:
+    """Check a weight that learns beside a layer's own: like it, and there if something belongs to it.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that differs, or what belongs to no feedback.
+    """
+    if feedback is not None:
+        return checks.like("feedback", feedback, "weight", weight)
+    for name, given in belonging.items():
+        if given is not None:
+            raise ValueError(f"{name} needs feedback, which is None.")
+    return None
+
+
 class LayerUpdate:
     """One in-place update of a layer: checked arguments for a body, and what follows the call."""
 

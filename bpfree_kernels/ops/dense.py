@@ -15,10 +15,15 @@ from torch import Tensor
 
 from bpfree_kernels import backends, checks
 from bpfree_kernels.activations import resolve_activation
-from bpfree_kernels.ops._define import LAYER_UPDATE_SCHEMA, contiguous, define
-from bpfree_kernels.ops._layer import LayerGradients, LayerUpdate, check_dense
+from bpfree_kernels.ops._define import (
+    FEEDBACK_STATE_SCHEMA,
+    LAYER_UPDATE_SCHEMA,
+    contiguous,
+    define,
+)
+from bpfree_kernels.ops._layer import LayerGradients, LayerUpdate, check_dense, check_feedback
 from bpfree_kernels.reference import dense as reference
-from bpfree_kernels.update import LayerState, UpdateRule
+from bpfree_kernels.update import LayerState, ParamState, UpdateRule
 
 
 class DenseOutput(NamedTuple):
@@ -51,8 +56,8 @@ define(
 )
 define(
     "dense_step",
-    "(Tensor post, Tensor pre, Tensor(w!) weight, Tensor(b!)? bias, float scale, "
-    f"{LAYER_UPDATE_SCHEMA}) -> ()",
+    "(Tensor post, Tensor pre, Tensor(w!) weight, Tensor(b!)? bias, Tensor(r!)? feedback, "
+    f"float scale, float feedback_scale, {LAYER_UPDATE_SCHEMA}, {FEEDBACK_STATE_SCHEMA}) -> ()",
     reference=reference.dense_step,
     fake=_fake_learning,
     triton_module="bpfree_kernels.triton.dense",
@@ -110,12 +115,16 @@ def dense_step(
     update: UpdateRule,
     state: LayerState | None = None,
     *,
+    feedback: Tensor | None = None,
+    feedback_state: ParamState | None = None,
+    feedback_scale: float = 1.0,
     scale: float = 1.0,
     backend: str | None = None,
 ) -> None:
     """Let a dense layer learn from a signal at its output units, in one pass over its weight.
 
-    Equivalent to ``update(weight, scale * post.T @ pre); update(bias, scale * post.sum(0))``, in place.
+    Equivalent to ``g = scale * post.T @ pre``, then in place ``update(weight, g)``, ``update(bias, scale *
+    post.sum(0))`` and ``update(feedback, feedback_scale * g)``.
 
     Args:
         post: signal of each output unit, a gradient by convention, [batch, out].
@@ -124,7 +133,11 @@ def dense_step(
         bias: [out], updated in place, or ``None``.
         update: the update rule, e.g. ``SGD(lr=1e-3)``.
         state: what the rule remembers (``update.new_state(weight, bias)``), updated in place.
-        scale: factor of both gradients, e.g. 1 / batch for a mean.
+        feedback: weight that learns beside `weight`, shaped like it: R of URFB, E of EKDAA. ``None``:
+            nothing does.
+        feedback_state: what the rule remembers of it (``update.new_param_state(feedback)``).
+        feedback_scale: factor of its gradient (γ of EKDAA), on top of `scale`.
+        scale: factor of the gradients, e.g. 1 / batch for a mean.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"`` instead of the device's default.
 
     Raises:
@@ -134,10 +147,12 @@ def dense_step(
         RuntimeError: a backend that cannot run here.
     """
     _check_learning(post, pre, weight, bias)
-    layer = LayerUpdate(weight, bias, update, state)
+    check_feedback(feedback, weight, feedback_state=feedback_state)
+    layer = LayerUpdate(weight, bias, update, state, feedback=(feedback, feedback_state))
     layer.check_disjoint(post=post, pre=pre)
     body = backends.body("dense_step", pre.device.type, backend)
-    layer.run(body, (post.contiguous(), pre.contiguous()), (float(scale),))
+    read = (post.contiguous(), pre.contiguous())
+    layer.run(body, read, (float(scale), float(feedback_scale)))
 
 
 @torch.no_grad()

@@ -28,8 +28,13 @@ from bpfree_kernels import backends, checks
 from bpfree_kernels.activations import resolve_activation
 from bpfree_kernels.geometry import GEOMETRY_SCHEMA, Geometry, geometry, output_size, pair
 from bpfree_kernels.maps import as_maps, map_order
-from bpfree_kernels.ops._define import LAYER_UPDATE_SCHEMA, contiguous, define
-from bpfree_kernels.ops._layer import LayerGradients, LayerUpdate
+from bpfree_kernels.ops._define import (
+    FEEDBACK_STATE_SCHEMA,
+    LAYER_UPDATE_SCHEMA,
+    contiguous,
+    define,
+)
+from bpfree_kernels.ops._layer import LayerGradients, LayerUpdate, check_feedback
 from bpfree_kernels.reference import local_conv as reference
 from bpfree_kernels.update import LayerState, ParamState, UpdateRule
 
@@ -99,8 +104,7 @@ define(
     "local_conv_step",
     "(Tensor signal, Tensor x, Tensor(w!) weight, Tensor(b!)? bias, Tensor(r!)? feedback, "
     f"Tensor? weight_mask, Tensor? feedback_mask, float scale, {GEOMETRY_SCHEMA}, "
-    f"{LAYER_UPDATE_SCHEMA}, "
-    "Tensor(s!)? feedback_m, Tensor(t!)? feedback_v, Tensor? feedback_step) -> ()",
+    f"{LAYER_UPDATE_SCHEMA}, {FEEDBACK_STATE_SCHEMA}) -> ()",
     reference=reference.local_conv_step,
     fake=_fake_learning,
     triton_module="bpfree_kernels.triton.local_conv",
@@ -253,11 +257,8 @@ def local_conv_step(
     _check_signal(signal, x.shape[:1], weight)
     checks.same_kind("signal", signal, "x", x)
     check_mask("weight_mask", weight_mask, weight)
-    if feedback is None and (feedback_mask is not None or feedback_state is not None):
-        raise ValueError("feedback_mask and feedback_state need feedback, which is None.")
-    if feedback is not None:
-        checks.like("feedback", feedback, "weight", weight)
-        check_mask("feedback_mask", feedback_mask, weight)
+    check_feedback(feedback, weight, feedback_state=feedback_state, feedback_mask=feedback_mask)
+    check_mask("feedback_mask", feedback_mask, weight)
     layer = LayerUpdate(weight, bias, update, state, feedback=(feedback, feedback_state))
     layer.check_disjoint(signal=signal, x=x, weight_mask=weight_mask, feedback_mask=feedback_mask)
     body = backends.body("local_conv_step", x.device.type, backend)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bpfree_kernels import backends, checks
-from bpfree_kernels.geometry import pair, pooled_size
+from bpfree_kernels.geometry import POOLING_SCHEMA, MaxPool
 from bpfree_kernels.maps import map_order
 from bpfree_kernels.ops._define import define
 from bpfree_kernels.reference import pepita as reference
@@ -32,8 +32,7 @@ def _fake(y: Tensor, change: Tensor | None, rows: int, columns: int, *_: int) ->
 
 define(
     "pepita_max_pool",
-    "(Tensor y, Tensor? change, int rows, int columns, int kernel_h, int kernel_w, "
-    "int stride_h, int stride_w, int pad_top, int pad_left, int dilation_h, int dilation_w) -> Tensor",
+    f"(Tensor y, Tensor? change, int rows, int columns, {POOLING_SCHEMA}) -> Tensor",
     reference=reference.pepita_max_pool,
     fake=_fake,
     triton_module="bpfree_kernels.triton.pepita_pool",
@@ -76,16 +75,12 @@ def pepita_max_pool(
     checks.dims("y", y, 4, "[batch, channels, height, width]")
     if change is not None:
         checks.like("change", change, "y", y)
-    kernel = pair("kernel_size", kernel_size, 1)
-    steps = kernel if stride is None else pair("stride", stride, 1)
-    pads, apart = pair("padding", padding, 0), pair("dilation", dilation, 1)
-    if any(2 * pad > size for pad, size in zip(pads, kernel, strict=True)):
-        raise ValueError(f"padding must be at most half of kernel_size {kernel}, got {pads}.")
-    size = pooled_size((y.shape[2], y.shape[3]), kernel, steps, pads, apart, ceil_mode=ceil_mode)
+    pool = MaxPool(kernel_size, stride, padding, dilation, ceil_mode)
+    size = pool.size((y.shape[2], y.shape[3]))
     body = backends.body("pepita_max_pool", y.device.type, backend)
     last = map_order(y) is torch.channels_last
     entered = (None if maps is None else _planes(maps, last) for maps in (y, change))
-    pooled = cast(Tensor, body(*entered, *size, *kernel, *steps, *pads, *apart))
+    pooled = cast(Tensor, body(*entered, *size, *pool.windows()))
     if last:
         return pooled.permute(0, 3, 1, 2)
     return pooled.view(*y.shape[:2], *size)

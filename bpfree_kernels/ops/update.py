@@ -1,9 +1,16 @@
 """An update rule applied to one parameter: what the fused ops do to a weight, as an op of its own.
 
-For parameters whose gradient comes from elsewhere, a convolution's for example.
+For parameters whose gradient comes from elsewhere, or has to be known as a whole first, as for the
+re-scaling of Pascanu et al. (2013): a gradient longer than `max_norm` is cut to that length beforehand::
+
+    g ← scale · grad;  g ← g · max_norm / ‖g‖  if ‖g‖ > max_norm
+
+The norm never leaves the device.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -21,8 +28,8 @@ def _fake(*_: object) -> None:
 
 define(
     "apply_update",
-    "(Tensor(w!) param, Tensor grad, str optimizer, float lr, float beta1, float beta2, "
-    "float eps, float weight_decay, bool nesterov, Tensor? lr_tensor, "
+    "(Tensor(w!) param, Tensor grad, float scale, float max_norm, str optimizer, "
+    "float lr, float beta1, float beta2, float eps, float weight_decay, bool nesterov, Tensor? lr_tensor, "
     "Tensor(m!)? m, Tensor(v!)? v, Tensor? step) -> ()",
     reference=reference.apply_update,
     fake=_fake,
@@ -37,24 +44,31 @@ def apply_update(
     update: UpdateRule,
     state: ParamState | None = None,
     *,
+    scale: float = 1.0,
+    max_norm: float | None = None,
     backend: str | None = None,
 ) -> None:
-    """Apply a gradient to a parameter in place, in one pass over its memory.
+    """Apply a gradient to a parameter in place.
 
     Args:
         param: any shape, updated in place.
         grad: gradient, shaped like `param`.
         update: the update rule, e.g. ``SGD(lr=1e-3)``.
         state: what the rule remembers (``update.new_param_state(param)``), updated in place.
+        scale: factor of the gradient.
+        max_norm: Euclidean length to which a longer gradient is cut; ``None``: whatever its length.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"`` instead of the device's default.
 
     Raises:
         TypeError: an unsupported dtype, or dtypes that differ.
-        ValueError: shapes or devices that differ, state that is missing, or tensors that share memory.
+        ValueError: shapes or devices that differ, state that is missing, tensors that share memory, or a
+            `max_norm` that is not positive and finite.
         RuntimeError: a backend that cannot run here.
     """
     checks.floating("param", param)
     checks.like("grad", grad, "param", param)
+    if max_norm is not None and not 0 < max_norm < math.inf:
+        raise ValueError(f"max_norm must be positive and finite, got {max_norm}.")
     check_update(update, param.device)
     state = ParamState() if state is None else state
     check_param_state("state", param, state, update)
@@ -65,7 +79,9 @@ def apply_update(
     )
     body = backends.body("apply_update", param.device.type, backend)
     stand_ins = contiguous(written)
-    body(stand_ins[0], grad.contiguous(), *update.args(), *stand_ins[1:], state.step)
+    most = math.inf if max_norm is None else float(max_norm)
+    rule = update.args()
+    body(stand_ins[0], grad.contiguous(), float(scale), most, *rule, *stand_ins[1:], state.step)
     wrote(written, stand_ins)
     if state.step is not None:
         state.step.add_(1)

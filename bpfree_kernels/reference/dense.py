@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bpfree_kernels.reference.activations import activate
-from bpfree_kernels.reference.update import store_gradient, update_layer
+from bpfree_kernels.reference.update import apply_rule, store_gradient, update_layer
 from bpfree_kernels.update import UpdateArgs
 
 
@@ -21,11 +21,21 @@ def dense_forward(
 
 
 def dense_step(
-    post: Tensor, pre: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *update: Any
+    post: Tensor,
+    pre: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    feedback: Tensor | None,
+    scale: float,
+    feedback_scale: float,
+    *update: Any,
 ) -> None:
-    """Weight, bias and state updated in place."""
+    """Weight, bias, feedback and their state updated in place."""
     rule, state = UpdateArgs(*update[:8]), update[8:]
-    update_layer(weight, bias, scale * (post.t() @ pre), scale * post.sum(0), rule, state)
+    grad = scale * (post.t() @ pre)
+    update_layer(weight, bias, grad, scale * post.sum(0), rule, state)
+    if feedback is not None:
+        apply_rule(feedback, feedback_scale * grad, *rule, *state[6:])
 
 
 def dense_grad(

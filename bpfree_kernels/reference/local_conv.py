@@ -12,7 +12,7 @@ from torch import Tensor
 from bpfree_kernels.geometry import Geometry
 from bpfree_kernels.maps import like_maps
 from bpfree_kernels.reference.activations import activate
-from bpfree_kernels.reference.update import apply_update, store_gradient, update_layer
+from bpfree_kernels.reference.update import apply_rule, store_gradient, update_layer
 from bpfree_kernels.update import UpdateArgs
 
 
@@ -97,7 +97,7 @@ def local_conv_step(
         _update_where(
             feedback_mask,
             (learns, *state[6:8]),
-            lambda: apply_update(learns, grad, *rule, *state[6:]),
+            lambda: apply_rule(learns, grad, *rule, *state[6:]),
         )
 
 

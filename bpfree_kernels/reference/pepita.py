@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bpfree_kernels.reference.activations import difference
-from bpfree_kernels.reference.dense import dense_grad, dense_step
+from bpfree_kernels.reference.dense import dense_grad
+from bpfree_kernels.reference.update import update_layer
+from bpfree_kernels.update import UpdateArgs
 
 
 def pepita_difference(
@@ -56,7 +58,9 @@ def pepita_linear_step(
 ) -> Tensor:
     """Δh of the old weight; weight, bias and state updated in place. `feedback` is [classes, in]."""
     changed = _change_of_output(z, change, feedback, mask, weight, activation, slope)
-    dense_step(changed, pre, weight, bias, -1 / z.shape[0], *update)
+    rule, state = UpdateArgs(*update[:8]), update[8:]
+    scale = -1 / z.shape[0]
+    update_layer(weight, bias, scale * (changed.t() @ pre), scale * changed.sum(0), rule, state)
     return changed
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from bpfree_kernels.update import UpdateArgs
 
 
-def apply_update(
+def apply_update(param: Tensor, grad: Tensor, scale: float, max_norm: float, *update: Any) -> None:
+    """Apply ``scale * grad``, cut to the length `max_norm`, to `param` in place."""
+    g = grad.to(torch.promote_types(grad.dtype, torch.float32)) * scale
+    norm = torch.linalg.vector_norm(g, dtype=torch.float64)
+    g = torch.where(norm > max_norm, g * (max_norm / norm).to(g.dtype), g)
+    apply_rule(param, g, *update)
+
+
+def apply_rule(
     param: Tensor,
     grad: Tensor,
     optimizer: str,
@@ -64,9 +74,9 @@ def update_layer(
     state: tuple[Tensor | None, ...],
 ) -> None:
     """Apply a layer's gradients; `state` is weight m, v, step and bias m, v, step, in schema order."""
-    apply_update(weight, grad_weight, *rule, *state[:3])
+    apply_rule(weight, grad_weight, *rule, *state[:3])
     if bias is not None:
-        apply_update(bias, grad_bias, *rule, *state[3:])
+        apply_rule(bias, grad_bias, *rule, *state[3:6])
 
 
 def store_gradient(target: Tensor | None, grad: Tensor, accumulate: bool) -> None:
