@@ -1,8 +1,10 @@
 // Registers the CPU bodies with torch. The schemas live in Python (bpfree_kernels/ops), so that the ops
 // exist with no binary; this file is the only one that knows an op's name.
 #include "cpu/classifier.h"
+#include "cpu/conv.h"
 #include "cpu/dense.h"
 #include "cpu/drtp.h"
+#include "cpu/ekdaa.h"
 #include "cpu/local_conv.h"
 #include "cpu/pepita.h"
 #include "cpu/update.h"
@@ -26,5 +28,10 @@ STABLE_TORCH_LIBRARY_IMPL(bpfree, CPU, library) {
   library.impl("local_conv_feedback", TORCH_BOX(&bpfree::cpu::local_conv_feedback));
   library.impl("local_conv_grad", TORCH_BOX(&bpfree::cpu::local_conv_grad));
   library.impl("local_conv_step", TORCH_BOX(&bpfree::cpu::local_conv_step));
+  library.impl("conv_step", TORCH_BOX(&bpfree::cpu::conv_step));
+  library.impl("conv_grad", TORCH_BOX(&bpfree::cpu::conv_grad));
+  library.impl("ekdaa_error", TORCH_BOX(&bpfree::cpu::ekdaa_error));
+  library.impl("ekdaa_linear_error", TORCH_BOX(&bpfree::cpu::ekdaa_linear_error));
+  library.impl("ekdaa_conv_error", TORCH_BOX(&bpfree::cpu::ekdaa_conv_error));
   library.impl("apply_update", TORCH_BOX(&bpfree::cpu::apply_update));
 }

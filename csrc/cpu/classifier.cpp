@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> learn(const Tensor& x, const Tensor& weight,
     const Scratch<T> signal(x.size(0) * weight.size(0));
     const auto [to_weight, to_bias] = targets.template operator()<T>();
     const Outputs to = forward<T>(x, weight, bias, labels, loss, signal.get());
-    dense_update(signal.get(), weight.size(0), x, to_weight, to_bias);
+    dense_update(signal.get(), weight.size(0), x, {to_weight, {}}, to_bias);
     return {to.output, to.error, to.loss};
   });
 }

@@ -6,8 +6,8 @@
 namespace bpfree::cpu {
 namespace {
 
-template <class Targets>
-void learn(const Tensor& post, const Tensor& pre, double scale, Targets&& targets) {
+template <class Find>
+void learn(const Tensor& post, const Tensor& pre, double scale, Find&& find_targets) {
   with_dtype(pre, [&]<class T>() {
     const Scratch<T> signal(post.numel());
     constexpr int64_t kElementsPerTask = 16384;
@@ -16,8 +16,8 @@ void learn(const Tensor& post, const Tensor& pre, double scale, Targets&& target
           const T* from = data<T>(post);
           for (int64_t i = begin; i < end; ++i) signal.get()[i] = static_cast<T>(scale) * from[i];
         });
-    const auto [to_weight, to_bias] = targets.template operator()<T>();
-    dense_update(signal.get(), post.size(1), pre, to_weight, to_bias);
+    const auto [to_weight, to_bias, to_feedback] = find_targets.template operator()<T>();
+    dense_update(signal.get(), post.size(1), pre, {to_weight, to_feedback}, to_bias);
   });
 }
 
@@ -39,20 +39,25 @@ std::tuple<Tensor, Tensor> dense_forward(Tensor x, Tensor weight, MaybeTensor bi
 }
 
 void dense_step(
-    Tensor post, Tensor pre, Tensor weight, MaybeTensor bias, double scale, StringHandle optimizer,
-    double lr, double beta1, double beta2, double eps, double weight_decay, bool nesterov,
-    MaybeTensor lr_tensor, MaybeTensor weight_m, MaybeTensor weight_v,
-    MaybeTensor weight_step, MaybeTensor bias_m, MaybeTensor bias_v, MaybeTensor bias_step) {
+    Tensor post, Tensor pre, Tensor weight, MaybeTensor bias, MaybeTensor feedback, double scale,
+    double feedback_scale, StringHandle optimizer, double lr, double beta1, double beta2, double eps,
+    double weight_decay, bool nesterov, MaybeTensor lr_tensor, MaybeTensor weight_m,
+    MaybeTensor weight_v, MaybeTensor weight_step, MaybeTensor bias_m, MaybeTensor bias_v,
+    MaybeTensor bias_step, MaybeTensor feedback_m, MaybeTensor feedback_v,
+    MaybeTensor feedback_step) {
   const RuleArgs rule(take_string(optimizer), lr, beta1, beta2, eps, weight_decay, nesterov, lr_tensor);
   learn(post, pre, scale, [&]<class T>() {
-    return rule.layer<T>(weight, bias, weight_m, weight_v, weight_step, bias_m, bias_v, bias_step);
+    return std::tuple_cat(
+        rule.layer<T>(weight, bias, weight_m, weight_v, weight_step, bias_m, bias_v, bias_step),
+        std::tuple(rule.feedback<T>(feedback, feedback_scale, feedback_m, feedback_v, feedback_step)));
   });
 }
 
 void dense_grad(Tensor post, Tensor pre, double scale, Tensor grad_weight, MaybeTensor grad_bias,
                 bool accumulate) {
   learn(post, pre, scale, [&]<class T>() {
-    return layer_gradients<T>(grad_weight, grad_bias, accumulate);
+    return std::tuple_cat(layer_gradients<T>(grad_weight, grad_bias, accumulate),
+                          std::tuple(Target<T>{}));
   });
 }
 

@@ -30,9 +30,9 @@ void dense_forward(const Tensor& x, const Tensor& weight, const T* bias, T* z, T
   torch::stable::parallel_for(0, batch, kElementsPerTask / (out + 1) + 1, then);
 }
 
-// Lets a layer learn: signal^T pre to its weight's target, the summed signal to its bias's.
+// Lets a layer learn: signal^T pre to its weight's targets, the summed signal to its bias's.
 template <class T>
-void dense_update(const T* signal, int64_t out, const Tensor& pre, const Target<T>& to_weight,
+void dense_update(const T* signal, int64_t out, const Tensor& pre, const Targets<T>& to_weight,
                   const Target<T>& to_bias) {
   const Kernels<T>& k = kernels<T>();
   const Input<T> input = {data<T>(pre), nullptr, pre.size(0), pre.size(1)};

@@ -70,7 +70,7 @@ void update_bias(const T* signal, int64_t stride, int64_t out, int64_t batch, co
 }
 
 template <class T>
-void update_columns(const T* signal, int64_t out, const Input<T>& x, const Target<T>& to,
+void update_columns(const T* signal, int64_t out, const Input<T>& x, const Targets<T>& to,
                     int64_t begin, int64_t end, T* scratch) {
   const int64_t last = end * kColumns<T> < x.in ? end * kColumns<T> : x.in;
   update_block(signal, out, out, x, begin * kColumns<T>, last, to, scratch);

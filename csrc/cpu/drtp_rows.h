@@ -52,7 +52,7 @@ void drtp_rows(const DrtpLinear<T>& layer, int64_t begin, int64_t end, T* scratc
     const int64_t rows = layer.out - row < kRowBlock ? layer.out - row : kRowBlock;
     forward_block(layer.weight + row * x.in, x.in, rows, x, z);
     drtp_signal_block(layer, row, rows, z, derivative, signal);
-    update_block(signal, kSignalStride<T>, rows, x, 0, x.in, layer.to_weight.at(row * x.in),
+    update_block(signal, kSignalStride<T>, rows, x, 0, x.in, {layer.to_weight.at(row * x.in), {}},
                  ragged);
     if (layer.to_bias.value) {
       update_bias<T>(signal, kSignalStride<T>, rows, x.batch, layer.to_bias.at(row));

@@ -163,11 +163,18 @@ inline void prefetch_rows(const T* base, int64_t rows, int64_t columns, int64_t 
   }
 }
 
-// The gradient of at most kRowBlock rows x kColumns columns, sent to its target.
+template <class T>
+inline void prefetch_target(const Target<T>& to, int64_t rows, int64_t columns, int64_t stride) {
+  prefetch_rows(to.value, rows, columns, stride);
+  prefetch_rows(to.m, rows, columns, stride);
+  prefetch_rows(to.v, rows, columns, stride);
+}
+
+// The gradient of at most kRowBlock rows x kColumns columns, sent to its targets.
 template <class T>
 void update_columns_block(const T* signal, int64_t signal_stride, int64_t rows, const T* x,
-                          int64_t x_stride, int64_t batch, int64_t columns, const Target<T>& to,
-                          int64_t to_stride) {
+                          int64_t x_stride, int64_t batch, int64_t columns,
+                          const Targets<T>& to, int64_t to_stride) {
   alignas(64) T g[kRowBlock * kColumns<T>];
   const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
   for (int64_t n = 0; n < batch; n += kUpdateSamples) {
@@ -175,12 +182,11 @@ void update_columns_block(const T* signal, int64_t signal_stride, int64_t rows, 
     const bool last = n + samples == batch;
     for (int64_t r = 0; r < rows; r += kUpdateRows) {
       const int64_t here = rows - r < kUpdateRows ? rows - r : kUpdateRows;
-      const Target<T> target = to.at(r * to_stride);
+      const Targets<T> target = to.at(r * to_stride);
       T* tile = g + r * kColumns<T>;
       if (last) {
-        prefetch_rows(target.value, here, columns, to_stride);
-        prefetch_rows(target.m, here, columns, to_stride);
-        prefetch_rows(target.v, here, columns, to_stride);
+        prefetch_target(target.weight, here, columns, to_stride);
+        prefetch_target(target.feedback, here, columns, to_stride);
       }
       with_count<kUpdateRows>(here, [&]<int tile_rows>() {
         with_count<kUpdateVectors>(vectors, [&]<int tile_vectors>() {
@@ -200,11 +206,11 @@ int64_t update_block_scratch(int64_t batch) {
   return batch * kColumns<T>;
 }
 
-// Gradient rows [0, rows) x columns [begin, end) of signal^T x, tile by tile, sent to `to`, which is the
-// target of element (0, 0) with rows x.in apart. The signal's rows are `signal_stride` apart.
+// Gradient rows [0, rows) x columns [begin, end) of signal^T x, tile by tile, sent to `to`, the targets of
+// element (0, 0) with rows x.in apart. The signal's rows are `signal_stride` apart.
 template <class T>
 void update_block(const T* signal, int64_t signal_stride, int64_t rows, const Input<T>& x,
-                  int64_t begin, int64_t end, const Target<T>& to, T* scratch) {
+                  int64_t begin, int64_t end, const Targets<T>& to, T* scratch) {
   for (int64_t k = begin; k < end; k += kColumns<T>) {
     const int64_t columns = end - k < kColumns<T> ? end - k : kColumns<T>;
     const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;

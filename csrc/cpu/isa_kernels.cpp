@@ -1,7 +1,9 @@
 // The CPU kernels. This file is compiled once per instruction set, with BPFREE_ISA naming the set and the
 // compiler told to use it; kernels.h picks one table at run time.
 #include "classify_rows.h"
+#include "conv_rows.h"
 #include "drtp_rows.h"
+#include "ekdaa_rows.h"
 #include "local_conv_rows.h"
 #include "pepita_rows.h"
 #include "pool_rows.h"
@@ -12,6 +14,19 @@ namespace {
 template <class T>
 void apply(const T* gradient, const Target<T>& to, int64_t begin, int64_t end) {
   apply_tile<T>(gradient + begin, 0, 1, end - begin, to.at(begin), 0);
+}
+
+// In double: squares of float must not overflow, or lose the small ones.
+template <class T>
+double sum_squares(const T* from, int64_t begin, int64_t end) {
+  double total[kLanes<double>] = {};
+  for (int64_t i = begin; i < end; ++i) {
+    const double value = from[i];
+    total[(i - begin) % kLanes<double>] += value * value;
+  }
+  double sum = 0;
+  for (const double lane : total) sum += lane;
+  return sum;
 }
 
 }  // namespace
@@ -47,6 +62,18 @@ const Kernels<T>& table() {
       .local_feedback_scratch = local_feedback_scratch<T>,
       .local_learn = local_learn<T>,
       .local_learn_scratch = local_learn_scratch<T>,
+      .conv_learn = conv_learn<T>,
+      .conv_learn_scratch = conv_learn_scratch<T>,
+      .conv_part = conv_part<T>,
+      .conv_apply = conv_apply<T>,
+      .conv_apply_scratch = conv_apply_scratch<T>,
+      .pack_kernel = pack_kernel<T>,
+      .packed_elements = packed_elements<T>,
+      .error_rows = error_rows<T>,
+      .error_rows_scratch = error_rows_scratch<T>,
+      .conv_error_rows = conv_error_rows<T>,
+      .conv_error_rows_scratch = conv_error_rows_scratch<T>,
+      .sum_squares = sum_squares<T>,
       .apply = apply<T>,
   };
   return kernels;

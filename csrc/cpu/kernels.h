@@ -38,6 +38,7 @@ struct UpdateRule {
   T weight_decay;
   T step_size;         // Adam: lr / (1 - beta1^t)
   T inv_sqrt_correct;  // Adam: 1 / sqrt(1 - beta2^t)
+  T gain = T(1);       // factor of the gradient
 };
 
 // Where a gradient goes: the weight and its state, or for store and accumulate the gradient tensor. With a
@@ -52,8 +53,19 @@ struct Target {
 
   // Inlined always: kernels of every instruction set call it.
   __attribute__((always_inline)) Target at(int64_t offset) const {
-    return {rule, value + offset, m ? m + offset : nullptr, v ? v + offset : nullptr,
-            mask ? mask + offset : nullptr};
+    return {rule, value ? value + offset : nullptr, m ? m + offset : nullptr,
+            v ? v + offset : nullptr, mask ? mask + offset : nullptr};
+  }
+};
+
+// A weight, and the feedback that learns beside it: its value is null where none does.
+template <class T>
+struct Targets {
+  Target<T> weight;
+  Target<T> feedback;
+
+  __attribute__((always_inline)) Targets at(int64_t offset) const {
+    return {weight.at(offset), feedback.at(offset)};
   }
 };
 
@@ -103,6 +115,7 @@ struct PepitaLinear {
 // Maps that are mixed from basis images by each sample's coefficients.
 template <class T>
 struct Mixture {
+  T gain;                 // of the result
   const T* coefficients;  // [classes, batch]
   const T* basis;         // [classes, size]
   int64_t classes;
@@ -172,6 +185,38 @@ struct LocalLearning {
   Target<T> to_feedback;  // value is null without one
 };
 
+// What a convolution learns, as partial sums.
+template <class T>
+struct ConvLearning {
+  Windows windows;
+  Maps<const T> signal;  // [batch, out, rows, columns]
+  Maps<const T> x;       // [batch, in, height, width]
+};
+
+// How an error comes back through a max pooling.
+enum class Upsampling { argmax, nearest, average };
+
+// Units with a target: maps of z, whose channels are the pooling's `inner`, and of their error.
+template <class T>
+struct ErrorMaps {
+  Pooling pool;
+  Upsampling upsample;
+  Activation activation;
+  T slope;
+  T beta;
+  Maps<const T> z;
+  Maps<T> error;
+};
+
+// The units below a convolution, whose own error comes down through a packed error kernel.
+template <class T>
+struct ErrorKernel {
+  ErrorMaps<T> below;
+  Windows windows;
+  Maps<const T> error;
+  const T* packed;
+};
+
 template <class T>
 struct Kernels {
   // Samples in a full panel of packed input; panels hold `in` rows of that many samples.
@@ -198,8 +243,8 @@ struct Kernels {
   // Output, error, signal (if wanted) and loss of samples [begin, end); output holds the logits before.
   void (*classify)(const Objective<T>&, const int32_t* labels, int64_t classes, T* output, T* error,
                    T* signal, T* loss, int64_t begin, int64_t end);
-  // Gradient of the weight, signal^T x, for column blocks [begin, end), sent to its target.
-  void (*update_columns)(const T* signal, int64_t out, const Input<T>&, const Target<T>&,
+  // Gradient of the weight, signal^T x, for column blocks [begin, end), sent to its targets.
+  void (*update_columns)(const T* signal, int64_t out, const Input<T>&, const Targets<T>&,
                          int64_t begin, int64_t end, T* scratch);
   int64_t (*update_scratch)(int64_t batch);
   // Gradient of the bias: the signal summed over the batch, sent to its target.
@@ -233,6 +278,27 @@ struct Kernels {
   int64_t (*local_feedback_scratch)(const Windows&, int64_t batch, int64_t positions);
   void (*local_learn)(const LocalLearning<T>&, int64_t begin, int64_t end, T* scratch);
   int64_t (*local_learn_scratch)(const Windows&, int64_t batch, int64_t positions);
+  // The gradient of rows [begin, end) of a group's weight, [in/groups][kernel], summed over samples, into g
+  // with rows of whole vectors (conv_part: of all rows of all groups); of the group's bias, if not null.
+  void (*conv_learn)(const ConvLearning<T>&, int64_t sample_begin, int64_t sample_end, int64_t group,
+                     int64_t begin, int64_t end, T* g, T* bias, T* scratch);
+  int64_t (*conv_learn_scratch)(const Windows&, int64_t rows);
+  int64_t (*conv_part)(const Windows&);
+  // Sums partial gradients and sends outputs [begin, end) of a group to the weight's targets.
+  void (*conv_apply)(const Windows&, const T* parts, int64_t count, int64_t part_size, int64_t group,
+                     int64_t begin, int64_t end, const Targets<T>&, T* scratch);
+  int64_t (*conv_apply_scratch)(const Windows&);
+  // Packs outputs [begin, end) of a kernel for conv_error_rows.
+  void (*pack_kernel)(const Windows&, const T* weight, int64_t begin, int64_t end, T* packed);
+  int64_t (*packed_elements)(const Windows&);
+  // EKDAA's error of rows [begin, end) of one sample's units, from pooled maps, or through a convolution.
+  void (*error_rows)(const ErrorMaps<T>&, const Maps<const T>& d, int64_t sample, int64_t begin,
+                     int64_t end, T* scratch);
+  int64_t (*error_rows_scratch)(const Pooling&, int64_t rows);
+  void (*conv_error_rows)(const ErrorKernel<T>&, int64_t sample, int64_t begin, int64_t end, T* scratch);
+  int64_t (*conv_error_rows_scratch)(const Windows&, const Pooling&, int64_t rows);
+  // The sum of the squares of elements [begin, end).
+  double (*sum_squares)(const T* from, int64_t begin, int64_t end);
   // Sends gradient elements [begin, end) to their target.
   void (*apply)(const T* gradient, const Target<T>&, int64_t begin, int64_t end);
 };

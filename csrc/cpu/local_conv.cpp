@@ -5,12 +5,10 @@
 // memory, a run of positions is a vector of the map.
 #include "local_conv.h"
 
+#include "maps.h"
+
 namespace bpfree::cpu {
 namespace {
-
-struct Size {
-  int64_t height, width;
-};
 
 Windows make_windows(const Tensor& weight, Size input, int64_t stride_h, int64_t stride_w,
                      int64_t pad_top, int64_t pad_left, int64_t dilation_h, int64_t dilation_w,
@@ -32,21 +30,6 @@ Windows make_windows(const Tensor& weight, Size input, int64_t stride_h, int64_t
           .groups = groups};
 }
 
-bool channels_last(const Tensor& maps) {
-  if (maps.is_contiguous()) return false;
-  int64_t step = 1;
-  for (const int64_t dim : {1, 3, 2, 0}) {  // where there is one element, its stride is never taken
-    STD_TORCH_CHECK(maps.size(dim) == 1 || maps.stride(dim) == step, "bpfree: maps have gaps");
-    step *= maps.size(dim);
-  }
-  return true;
-}
-
-template <class T>
-Maps<T> maps(const Tensor& tensor) {
-  return {static_cast<T*>(tensor.data_ptr()), channels_last(tensor)};
-}
-
 // Maps as [position][sample][channel]: samples side by side, whatever the size of a map.
 template <class T>
 Scratch<T> by_position(const Tensor& tensor) {
@@ -61,14 +44,6 @@ Scratch<T> by_position(const Tensor& tensor) {
                            result.get() + begin * kRun * batch * channels);
   });
   return result;
-}
-
-// Uninitialised maps that lie as `like` does.
-Tensor new_maps(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
-  const int64_t batch = like.size(0);
-  if (!channels_last(like)) return new_output(like, {batch, channels, height, width});
-  const Tensor memory = new_output(like, {batch, height, width, channels});
-  return torch::stable::transpose(torch::stable::transpose(memory, 1, 3), 2, 3);
 }
 
 // Runs f(begin, end, scratch) over `count` positions, in runs of whole vectors where there are enough.
@@ -197,11 +172,9 @@ void local_conv_step(Tensor signal, Tensor x, Tensor weight, MaybeTensor bias, M
     auto [to_weight, to_bias] = rule.layer<T>(weight, bias, weight_m, weight_v, weight_step, bias_m,
                                               bias_v, bias_step);
     to_weight.mask = mask_bytes(weight_mask);
-    Target<T> to_feedback = {};
-    if (feedback) {
-      to_feedback = rule.target<T>(data<T>(*feedback), feedback_m, feedback_v, feedback_step);
-      to_feedback.mask = mask_bytes(feedback_mask);
-    }
+    Target<T> to_feedback =
+        rule.feedback<T>(feedback, 1.0, feedback_m, feedback_v, feedback_step);
+    to_feedback.mask = mask_bytes(feedback_mask);
     const Scratch<T> inputs = by_position<T>(x);
     learn<T>({windows, x.size(0), maps<const T>(signal), inputs.get(), static_cast<T>(scale),
               to_weight, to_bias, to_feedback});

@@ -2,54 +2,14 @@
 // value at a time, against vectors of output channels.
 #pragma once
 
-#include "dense_rows.h"
 #include "local_windows.h"
+#include "tiles.h"
 
 namespace bpfree::cpu::BPFREE_ISA {
 
-// Accumulators of a tile, as many as the registers hold beside the operands, and how wide it is at most.
-inline constexpr int kLocalTile = kVectorRegisters == 32 ? 24 : 12;
-inline constexpr int kLocalVectors = kVectorRegisters == 32 ? 4 : 2;
 // The tile of the feedback, whose vectors run along the sum: samples x channels.
 inline constexpr int kFeedbackChannels = kVectorRegisters == 32 ? 4 : 3;
-inline constexpr int kFeedbackSamples = kLocalTile / kFeedbackChannels;
-
-constexpr int local_rows(int vectors) {
-  return kLocalTile / vectors < 12 ? kLocalTile / vectors : 12;
-}
-
-// Output channels of a group that one tile takes: [column, column + width), in `vectors` vectors.
-template <class T>
-struct ColumnTile {
-  int64_t column, width, vectors;
-  FirstLanes<T> last;  // of the last vector
-
-  ColumnTile(int64_t column, int64_t left)
-      : column(column),
-        width(left < kLocalVectors * kLanes<T> ? left : kLocalVectors * kLanes<T>),
-        vectors((width + kLanes<T> - 1) / kLanes<T>),
-        last(width - (vectors - 1) * kLanes<T>) {}
-};
-
-// Calls f.operator()<rows, vectors>(row) for tiles that share `count` rows evenly.
-template <class F>
-inline void for_row_tiles(int64_t count, int64_t vectors, F&& f) {
-  with_count<kLocalVectors>(vectors, [&]<int wide>() {
-    constexpr int most = local_rows(wide);
-    const int64_t tiles = (count + most - 1) / most;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = t * count / tiles, next = (t + 1) * count / tiles;
-      with_count<most>(next - row, [&]<int rows>() { f.template operator()<rows, wide>(row); });
-    }
-  });
-}
-
-// Elements of scratch that hold `count` indices.
-template <class T>
-int64_t index_elements(int64_t count) {
-  const int64_t elements = count * sizeof(int64_t) / sizeof(T);
-  return (elements + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
+inline constexpr int kFeedbackSamples = kTile / kFeedbackChannels;
 
 inline int64_t window_rows(const Windows& windows) {
   return windows.kernel_h * windows.kernel_w * (windows.in / windows.groups);
@@ -115,7 +75,7 @@ void local_forward(const LocalForward<T>& layer, int64_t begin, int64_t end, T* 
     T* z = run + (p - begin) * layer.batch * out;
     for (int64_t group = 0; group < windows.groups; ++group) {
       const T* x = layer.x + elements.origin(group);
-      for (int64_t c = 0; c < per_group; c += kLocalVectors * kLanes<T>) {
+      for (int64_t c = 0; c < per_group; c += kTileVectors * kLanes<T>) {
         const ColumnTile<T> tile(group * per_group + c, per_group - c);
         const T* weight = layer.weight + p * window_rows(windows) * out + tile.column;
         const T* bias = layer.bias ? layer.bias + p * out + tile.column : nullptr;
@@ -253,32 +213,6 @@ void local_feedback(const LocalFeedback<T>& layer, int64_t begin, int64_t end, T
   });
 }
 
-// Gradient of `rows` weight rows x `vectors` of their columns: values under the window times signals.
-template <class T, int rows, int vectors>
-inline void learning_tile(const T* x, int64_t sample_stride, const int64_t* offsets, const T* signal,
-                          int64_t out, int64_t batch, T* g) {
-  Vec<T> acc[rows][vectors] = {};
-  const T* at[rows];
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) at[r] = x + offsets[r];
-  for (int64_t n = 0; n < batch; ++n) {
-    Vec<T> s[vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) s[v] = load(signal + n * out + v * kLanes<T>);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const Vec<T> value = splat(at[r][n * sample_stride]);
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) acc[r][v] += value * s[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) store(g + (r * vectors + v) * kLanes<T>, acc[r][v]);
-  }
-}
-
 // Sends the gradient of the weight rows `which` [rows] to the weight and to the feedback.
 template <class T>
 void learn_rows(const LocalLearning<T>& layer, const T* g, int64_t g_stride, const int64_t* which,
@@ -319,7 +253,8 @@ template <class T>
 void local_learn(const LocalLearning<T>& layer, int64_t begin, int64_t end, T* scratch) {
   const Windows& windows = layer.windows;
   const int64_t out = windows.out, per_group = out / windows.groups;
-  alignas(64) T g[kLocalTile * kLanes<T>];
+  alignas(64) T g[kTile * kLanes<T>];
+  const Runs samples = {1, layer.batch, 0, windows.in, 0, out};
   WindowElements elements(windows, layer.batch, reinterpret_cast<int64_t*>(scratch));
   T* zeros = scratch + index_elements<T>(2 * window_rows(windows));
   T* run = zeros + padded<T>(out);
@@ -332,11 +267,11 @@ void local_learn(const LocalLearning<T>& layer, int64_t begin, int64_t end, T* s
     const int64_t position = p * window_rows(windows) * out;
     for (int64_t group = 0; group < windows.groups; ++group) {
       const T* x = layer.x + elements.origin(group);
-      for (int64_t c = 0; c < per_group; c += kLocalVectors * kLanes<T>) {
+      for (int64_t c = 0; c < per_group; c += kTileVectors * kLanes<T>) {
         const ColumnTile<T> tile(group * per_group + c, per_group - c);
         for_row_tiles(elements.count(), tile.vectors, [&]<int rows, int vectors>(int64_t i) {
-          learning_tile<T, rows, vectors>(x, windows.in, elements.offsets() + i,
-                                          signal + tile.column, out, layer.batch, g);
+          learning_tile<T, rows, vectors>(x, elements.offsets() + i, signal + tile.column, samples,
+                                          false, g, vectors * kLanes<T>);
           learn_rows<T>(layer, g, vectors * kLanes<T>, elements.rows() + i, rows, tile.width,
                         position + tile.column);
         });

@@ -13,6 +13,7 @@ inline void apply_lanes(const UpdateRule<T>& u, Vec<T> g, T* value, T* m, T* v, 
   const auto change = [&](T* to, Vec<T> before, Vec<T> after) {
     store_lanes<T>(to, masked ? (live ? after : before) : after, lanes);
   };
+  g = u.gain * g;
   if constexpr (rule == Rule::store) return change(value, Vec<T>{}, g);
   Vec<T> w = load_lanes(value, lanes);
   const Vec<T> before = w;
@@ -80,6 +81,13 @@ inline void apply_tile(const T* g, int64_t g_stride, int64_t rows, int64_t count
     BPFREE_RULE(adamw);
 #undef BPFREE_RULE
   }
+}
+
+template <class T>
+inline void apply_tile(const T* g, int64_t g_stride, int64_t rows, int64_t count,
+                       const Targets<T>& to, int64_t stride) {
+  apply_tile(g, g_stride, rows, count, to.weight, stride);
+  if (to.feedback.value) apply_tile(g, g_stride, rows, count, to.feedback, stride);
 }
 
 }  // namespace bpfree::cpu::BPFREE_ISA

@@ -4,30 +4,10 @@
 // updates those rows while they are still in its core's cache.
 #include "pepita.h"
 
+#include "mix.h"
+
 namespace bpfree::cpu {
 namespace {
-
-// Sum over the classes of coefficients [batch, classes] times basis [classes, size], and f(z + that) - f(z)
-// of it; without z the sum itself.
-template <class T>
-void mix(const Tensor& coefficients, const Tensor& basis, int64_t size, Activation kind, T slope,
-         const T* z, T* y) {
-  const Kernels<T>& k = kernels<T>();
-  const int64_t batch = coefficients.size(0), classes = coefficients.size(1);
-  const Scratch<T> transposed(batch * classes);
-  const T* from = data<T>(coefficients);
-  for (int64_t n = 0; n < batch; ++n) {
-    for (int64_t c = 0; c < classes; ++c) transposed.get()[c * batch + n] = from[n * classes + c];
-  }
-  const Mixture<T> mixture = {transposed.get(), data<T>(basis), classes, batch, size};
-  constexpr int64_t kElementsPerTask = 16384;
-  const int64_t grain = kElementsPerTask / (batch * k.column_block + 1) + 1;
-  torch::stable::parallel_for(
-      0, blocks(size, k.column_block), grain, [&](int64_t begin, int64_t end) {
-        const Scratch<T> scratch(k.mixed_scratch(classes));
-        k.mixed_difference(kind, slope, z, mixture, y, begin, end, scratch.get());
-      });
-}
 
 // Runs a layer; `targets` says where its gradients go, as fn<T>() -> {weight target, bias target}.
 template <class Targets>
@@ -45,8 +25,7 @@ Tensor linear(const Tensor& z, const Tensor& pre, const Tensor& change, const Ma
     Tensor of_input = feedback ? *feedback : change;
     if (feedback && !low_rank) {
       of_input = new_output(pre, {batch, pre.size(1)});
-      mix<T>(change, *feedback, pre.size(1), Activation::identity, T(0), nullptr,
-             data<T>(of_input));
+      mix<T>(change, *feedback, pre.size(1), {}, nullptr, data<T>(of_input));
     }
     const Scratch<T> panels(panel_elements<T>(of_input));
     const Scratch<T> error_panels(low_rank ? panel_elements<T>(change) : 0);
@@ -102,7 +81,7 @@ void write_difference(const Tensor& z, const Tensor& change, const MaybeTensor& 
   with_dtype(z, [&]<class T>() {
     if (basis) {
       const int64_t size = z.size(0) ? z.numel() / z.size(0) : 0;
-      mix<T>(change, *basis, size, kind, static_cast<T>(slope), data<T>(z), data<T>(result));
+      mix<T>(change, *basis, size, {kind, static_cast<T>(slope)}, data<T>(z), data<T>(result));
       return;
     }
     constexpr int64_t kElementsPerTask = 16384;

@@ -45,7 +45,7 @@ void pepita_rows(const PepitaLinear<T>& layer, int64_t begin, int64_t end, T* sc
                     store<T>(signal + n * kSignalStride<T> + r, layer.scale * changed);
                   });
     });
-    update_block(signal, kSignalStride<T>, rows, layer.pre, 0, in, layer.to_weight.at(row * in),
+    update_block(signal, kSignalStride<T>, rows, layer.pre, 0, in, {layer.to_weight.at(row * in), {}},
                  ragged);
     if (layer.to_bias.value) {
       update_bias<T>(signal, kSignalStride<T>, rows, batch, layer.to_bias.at(row));
@@ -113,14 +113,14 @@ void mixed_difference(Activation kind, T slope, const T* z, const Mixture<T>& mi
     const int64_t columns = left < kColumns<T> ? left : kColumns<T>;
     if (!z) {
       mix_columns(mixture, column, columns, scratch, [&](int64_t at, Vec<T> mixed, int64_t lanes) {
-        store_lanes(y + at, mixed, lanes);
+        store_lanes<T>(y + at, mixture.gain * mixed, lanes);
       });
       continue;
     }
     with_activation(kind, [&]<Activation activation>() {
       mix_columns(mixture, column, columns, scratch, [&](int64_t at, Vec<T> mixed, int64_t lanes) {
         const Vec<T> before = load_lanes(z + at, lanes);
-        store_lanes(y + at, difference<activation, T>(before, mixed, slope), lanes);
+        store_lanes<T>(y + at, mixture.gain * difference<activation, T>(before, mixed, slope), lanes);
       });
     });
   }

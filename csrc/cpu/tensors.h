@@ -170,6 +170,16 @@ struct RuleArgs {
     if (!bias) return {to_weight, {}};
     return {to_weight, target<T>(data<T>(*bias), bias_m, bias_v, bias_step)};
   }
+
+  // The target of what learns beside a weight by `gain` times its gradient, if anything does.
+  template <class T>
+  Target<T> feedback(const MaybeTensor& feedback, double gain, const MaybeTensor& m,
+                     const MaybeTensor& v, const MaybeTensor& step) const {
+    if (!feedback) return {};
+    Target<T> to = target<T>(data<T>(*feedback), m, v, step);
+    to.rule.gain = static_cast<T>(gain);
+    return to;
+  }
 };
 
 // The targets of a layer's gradients, which are written, or added to what is there.

@@ -109,8 +109,9 @@ inline VecBits<T> widen(const uint8_t* from) {
 #if defined(__AVX512F__)
   __m128i bytes = {};
   std::memcpy(&bytes, from, kLanes<T>);
-  return sizeof(T) == 4 ? (VecBits<T>)_mm512_cvtepu8_epi32(bytes)
-                        : (VecBits<T>)_mm512_cvtepu8_epi64(bytes);
+  // masked, since GCC warns of the undefined value that it has the others begin with
+  return sizeof(T) == 4 ? (VecBits<T>)_mm512_maskz_cvtepu8_epi32(0xffff, bytes)
+                        : (VecBits<T>)_mm512_maskz_cvtepu8_epi64(0xff, bytes);
 #elif defined(__AVX2__)
   __m128i bytes = {};
   std::memcpy(&bytes, from, kLanes<T>);
