@@ -1,4 +1,4 @@
-"""EKDAA: error kernels drive activation alignment (Ororbia and Mali, 2023).
+"""EKDAA: error kernels drive activation alignment (Zee, Ororbia, Mali and Nwogu, 2023).
 
 Every layer has, beside its weight W, an error kernel E of the same shape. The error e of a layer's units
 comes down through E, and shifts the units below: their target y is what they would have been. With z the
@@ -121,7 +121,7 @@ def ekdaa_error(
     body = backends.body("ekdaa_error", z.device.type, backend)
     shape = z.shape
     if len(shape) != 4:  # units in any order, each by itself: maps of one unit
-        z, change = (t.reshape(shape[0], -1, 1, 1) for t in (z, change))
+        z, change = (t.reshape(shape[0], shape[1:].numel(), 1, 1) for t in (z, change))
     windows = (pool or _NO_POOLING).windows()
     e = body(as_maps(change), as_maps(z), float(beta), upsample, *windows, name, parameter)
     return cast(Tensor, e if len(shape) == 4 else e.view(shape))

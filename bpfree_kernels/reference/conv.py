@@ -37,10 +37,11 @@ def weight_gradient(signal: Tensor, x: Tensor, shape: torch.Size, place: Geometr
     padded = F.pad(x, (place.pad_left, right, place.pad_top, below))
     if signal.numel() == 0 or padded.numel() == 0:
         return signal.new_zeros(shape)
-    return conv2d_weight(
+    gradient: Tensor = conv2d_weight(
         padded, shape, signal, (place.stride_h, place.stride_w), 0,
         (place.dilation_h, place.dilation_w), place.groups,
     )  # fmt: skip
+    return gradient
 
 
 def conv_step(

@@ -48,7 +48,7 @@ def upsampled(change: Tensor, z: Tensor, upsample: str, pool: Pooling) -> Tensor
         return F.interpolate(change, size=size, mode="bilinear", align_corners=False)
     spread = change.unsqueeze(2).expand(-1, -1, pool.kernel_h * pool.kernel_w, -1, -1)
     if upsample == "argmax":
-        spread = spread * _winners(z, change, pool)
+        spread = spread.where(_winners(z, change, pool), 0)
     elif upsample == "average":
         spread = spread / (pool.kernel_h * pool.kernel_w)
     elif upsample != "nearest":
@@ -72,11 +72,12 @@ def _margins(z: Tensor, pooled: Tensor, pool: Pooling) -> tuple[int, int, int, i
 
 
 def _winners(z: Tensor, pooled: Tensor, pool: Pooling) -> Tensor:
-    """One where an element of a window has its largest z, [batch, channels, elements, rows, columns]."""
-    padded = F.pad(z, _margins(z, pooled, pool), value=-torch.inf)
+    """Which element of a window has its largest z, [batch, channels, elements, rows, columns]."""
+    inside = z.clamp(min=torch.finfo(z.dtype).min)  # even -inf wins over what is outside the map
+    padded = F.pad(inside, _margins(z, pooled, pool), value=-torch.inf)
     taken = padded.unfold(2, pool.dilation_h * (pool.kernel_h - 1) + 1, pool.stride_h)
     taken = taken[..., :: pool.dilation_h]
     taken = taken.unfold(3, pool.dilation_w * (pool.kernel_w - 1) + 1, pool.stride_w)
     windows = taken[..., :: pool.dilation_w].flatten(4).permute(0, 1, 4, 2, 3)
     first = windows.argmax(2, keepdim=True)
-    return torch.zeros_like(windows).scatter_(2, first, 1)
+    return torch.zeros_like(windows, dtype=torch.bool).scatter_(2, first, True)

@@ -13,9 +13,13 @@ from bpfree_kernels.update import UpdateArgs
 def apply_update(param: Tensor, grad: Tensor, scale: float, max_norm: float, *update: Any) -> None:
     """Apply ``scale * grad``, cut to the length `max_norm`, to `param` in place."""
     g = grad.to(torch.promote_types(grad.dtype, torch.float32)) * scale
-    norm = torch.linalg.vector_norm(g, dtype=torch.float64)
-    g = torch.where(norm > max_norm, g * (max_norm / norm).to(g.dtype), g)
-    apply_rule(param, g, *update)
+    apply_rule(param, cut(g, max_norm), *update)
+
+
+def cut(grad: Tensor, max_norm: float) -> Tensor:
+    """A gradient, re-scaled to the length `max_norm` if it is longer."""
+    norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
+    return torch.where(norm > max_norm, grad * (max_norm / norm).to(grad.dtype), grad)
 
 
 def apply_rule(

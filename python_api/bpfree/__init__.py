@@ -13,12 +13,13 @@ from bpfree import checkpoint, diagnostics, nn
 from bpfree.losses import LOSSES
 from bpfree.mirroring import WeightMirroring
 from bpfree.results import BatchInfo, EpochResult, EvalResult, StepResult
-from bpfree.rules import BP, DRTP, FRFB, PEPITA, URFB, Learner, Shallow
+from bpfree.rules import BP, DRTP, EKDAA, FRFB, PEPITA, URFB, Learner, Shallow
 from bpfree_kernels import __version__
 
 __all__ = [
     "BP",
     "DRTP",
+    "EKDAA",
     "FRFB",
     "LOSSES",
     "PEPITA",

@@ -82,7 +82,11 @@ def train(
     bias: options.Bias = None,
     init: options.Init = None,
     untied: options.Untied = False,
-    connectivity: options.Connectivity = 1.0,
+    connectivity: options.Connectivity = None,
+    beta: options.Beta = None,
+    gamma: options.Gamma = None,
+    upsample: options.Upsample = None,
+    max_norm: options.MaxNorm = None,
     standardize: options.Standardize = None,
     diagnostics: options.Diagnostics = False,
     seed: options.Seed = 0,
@@ -92,6 +96,13 @@ def train(
     resume: options.Resume = False,
 ) -> None:
     """Train a network and write checkpoint, metrics and learning curve into a folder."""
+    of_rule = {
+        "connectivity": connectivity,
+        "beta": beta,
+        "gamma": gamma,
+        "upsample": upsample,
+        "max_norm": max_norm,
+    }
     folder = out or Path("runs") / f"{rule}-{model}-{data}-seed{seed}"
     with _one_sentence(DataError, DeviceError, MissingExtraError, RunError, ValueError):
         config = TrainConfig.with_defaults(
@@ -112,7 +123,7 @@ def train(
             bias=bias,
             init=init,
             untied=untied,
-            connectivity=connectivity,
+            rule_options={name: value for name, value in of_rule.items() if value is not None},
             standardize=standardize,
             diagnostics=diagnostics,
             seed=seed,

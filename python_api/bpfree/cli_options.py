@@ -11,6 +11,7 @@ from bpfree.data import DATASETS
 from bpfree.losses import LOSSES
 from bpfree.models import ACTIVATIONS, INITS, MODEL_NAMES
 from bpfree.registry import OPTIMIZERS, RULES
+from bpfree_kernels import UPSAMPLINGS
 
 Rule = Annotated[str, typer.Option(help=f"Learning rule: {', '.join(RULES)}.")]
 Model = Annotated[str, typer.Option(help=f"Network: {MODEL_NAMES}.")]
@@ -59,7 +60,26 @@ Untied = Annotated[
     bool, typer.Option("--untied", help="Locally connected layers instead of convolutions.")
 ]
 Connectivity = Annotated[
-    float, typer.Option(help="Share of the connections that exist (urfb, frfb).")
+    float | None,
+    typer.Option(help="Share of the connections that exist (urfb, frfb).", show_default="1"),
+]
+Beta = Annotated[
+    float | None, typer.Option(help="How far an error moves a target (ekdaa).", show_default="0.9")
+]
+Gamma = Annotated[
+    float | None,
+    typer.Option(help="Factor of the error kernels' gradient (ekdaa).", show_default="0.1"),
+]
+Upsample = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How an error passes a max pooling (ekdaa): {', '.join(UPSAMPLINGS)}.",
+        show_default="argmax",
+    ),
+]
+MaxNorm = Annotated[
+    float | None,
+    typer.Option(help="Length to which each gradient is cut (ekdaa).", show_default="any length"),
 ]
 Standardize = Annotated[
     bool | None,

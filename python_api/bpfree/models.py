@@ -5,6 +5,8 @@ convolutional networks, one for grey images (MNIST) and one for colour images (C
 ``conv-pepita``: the PEPITA paper's, for any images: 32 filters of 5×5 without padding, pooling, output.
 ``simpnet``: the URFB paper's, for any images: 32 filters of 5×5, pooling of 3×3 by steps of 2, 500 units,
 output; saturated linear, dropout of 0.8 and 0.3 ahead of the two fully connected layers, no biases, Glorot.
+``ekdaa``: the EKDAA paper's for Fashion-MNIST, for any images: 32, 64 and 128 filters of 3×3, the first two
+pooled, 128 units, output; tanh, no biases, Glorot.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from bpfree.nn import SaturatedLinear, untie
+from bpfree.nn import SaturatedLinear, Signum, untie
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
@@ -26,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": nn.LeakyReLU,
     "hardtanh": nn.Hardtanh,
     "saturated_linear": SaturatedLinear,
+    "sign": Signum,
 }
 """Hidden activations by name."""
 
@@ -33,10 +37,19 @@ INITS = ("torch", "he", "glorot")
 """Initialisations by name."""
 
 MODEL_NAMES = (
-    "fc<L>-<H> (L hidden layers of H units, such as fc1-500 or fc2-1000), conv, conv-pepita "
-    "or simpnet"
+    "fc<L>-<H> (L hidden layers of H units, such as fc1-500 or fc2-1000), conv, "
+    "conv-pepita, simpnet or ekdaa"
 )
 """What a model may be called, in words."""
+
+
+class _Conv(NamedTuple):
+    """A convolution; `pooled` says whether a max pooling follows it."""
+
+    maps: int
+    kernel: int
+    padding: int
+    pooled: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,14 @@ class _Plan:
     """The layers that a name stands for, and what the net has unless asked otherwise.
 
     Attributes:
-        convolutions: (maps, kernel size, padding) of each.
+        convolutions: the convolutions.
         hidden: units of each hidden fully connected layer.
-        pool: (kernel size, stride, padding) of the max pooling behind each convolution.
+        pool: (kernel size, stride, padding) of the max poolings.
         activation, bias, init: as for `build_model`.
         dropout: share to drop ahead of each fully connected layer; empty for none anywhere.
     """
 
-    convolutions: tuple[tuple[int, int, int], ...] = ()
+    convolutions: tuple[_Conv, ...] = ()
     hidden: tuple[int, ...] = ()
     pool: tuple[int, int, int] = (2, 2, 0)
     activation: str = "tanh"
@@ -60,15 +73,23 @@ class _Plan:
     init: str = "torch"
 
 
-_CONV_PEPITA = _Plan(((32, 5, 0),))
+_CONV_PEPITA = _Plan((_Conv(32, 5, 0),))
 # The paper centres the pooling windows on every second pixel; its code begins them there.
 _SIMPNET = _Plan(
-    ((32, 5, 2),), (500,), (3, 2, 1), "saturated_linear", (0.8, 0.3), bias=False, init="glorot"
+    (_Conv(32, 5, 2),), (500,), (3, 2, 1), "saturated_linear", (0.8, 0.3), bias=False, init="glorot"
 )
+_EKDAA = _Plan(
+    (_Conv(32, 3, 1), _Conv(64, 3, 1), _Conv(128, 3, 1, pooled=False)),
+    (128,),
+    bias=False,
+    init="glorot",
+)
+# With the least height and width of an image.
+_FOR_ANY_IMAGE = {"simpnet": (_SIMPNET, 1), "conv-pepita": (_CONV_PEPITA, 6), "ekdaa": (_EKDAA, 4)}
 # By the channels of the image.
 _CONV = {
-    1: _Plan(((32, 5, 2),), (1000,)),
-    3: _Plan(((64, 3, 1), (256, 3, 1)), (1000, 1000)),
+    1: _Plan((_Conv(32, 5, 2),), (1000,)),
+    3: _Plan((_Conv(64, 3, 1), _Conv(256, 3, 1)), (1000, 1000)),
 }
 
 
@@ -88,10 +109,10 @@ def build_model(
     """Build a network by name.
 
     ``None`` takes what the net has in its paper: tanh, no dropout, biases and PyTorch's initialisation,
-    but for ``simpnet`` as the module says.
+    but for ``simpnet`` and ``ekdaa`` as the module says.
 
     Args:
-        name: ``fc<L>-<H>``, ``conv``, ``conv-pepita`` or ``simpnet``.
+        name: ``fc<L>-<H>``, ``conv``, ``conv-pepita``, ``simpnet`` or ``ekdaa``.
         input_shape: shape of one image, (channels, height, width); ``fc`` nets take any shape.
         classes: number of outputs of the last layer, whose activation belongs to the loss.
         activation: activation of every hidden layer, one of `ACTIVATIONS`.
@@ -141,20 +162,14 @@ def build_model(
 
 def _plan(name: str, input_shape: Sequence[int]) -> _Plan:
     """The net that a name stands for."""
-    if name == "simpnet":
-        if len(input_shape) != 3:
+    if name in _FOR_ANY_IMAGE:
+        plan, least = _FOR_ANY_IMAGE[name]
+        if len(input_shape) != 3 or min(input_shape[1:]) < least:
             raise ValueError(
-                "model simpnet is made for images of shape (channels, height, width), "
-                f"got {tuple(input_shape)}."
+                f"model {name} is made for images of shape (channels, height, width) of {least} by "
+                f"{least} at least, got {tuple(input_shape)}."
             )
-        return _SIMPNET
-    if name == "conv-pepita":
-        if len(input_shape) != 3 or min(input_shape[1:]) < 6:
-            raise ValueError(
-                "model conv-pepita is made for images of shape (channels, height, width) of 6 by 6 "
-                f"at least, got {tuple(input_shape)}."
-            )
-        return _CONV_PEPITA
+        return plan
     if name == "conv":
         channels = input_shape[0] if len(input_shape) == 3 else None
         if channels not in _CONV:
@@ -176,15 +191,17 @@ def _convolutions(
     layers: list[nn.Module] = []
     shape = tuple(input_shape)
     window, stride, margin = plan.pool
-    for maps, kernel, padding in plan.convolutions:
-        channels, height, width = shape
+    for maps, kernel, padding, pooled in plan.convolutions:
+        channels, *size = shape
         layers += [
             nn.Conv2d(channels, maps, kernel, padding=padding, bias=bias),
             ACTIVATIONS[activation](),
-            nn.MaxPool2d(window, stride, margin),
         ]
-        shrink = kernel - 1 - 2 * padding + window - 2 * margin
-        shape = (maps, (height - shrink) // stride + 1, (width - shrink) // stride + 1)
+        size = [n + 2 * padding - kernel + 1 for n in size]
+        if pooled:
+            layers.append(nn.MaxPool2d(window, stride, margin))
+            size = [(n + 2 * margin - window) // stride + 1 for n in size]
+        shape = (maps, *size)
     return layers, shape
 
 

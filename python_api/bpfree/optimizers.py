@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import bpfree_kernels as kernels
 from bpfree.stages import Layer
+from bpfree_kernels.reference.update import cut
 from bpfree_kernels.update import UpdateRule
 
 _NO_STATE = kernels.ParamState()
@@ -40,8 +41,14 @@ class Updates(ABC):
         """Rule and state with which an op can update a layer itself; ``None`` if none can."""
 
     @abstractmethod
-    def deliver(self, param: Tensor, grad: Tensor) -> None:
-        """Hand over the gradient of a parameter; one that does not learn drops it."""
+    def deliver(self, param: Tensor, grad: Tensor, max_norm: float | None = None) -> None:
+        """Hand over the gradient of a parameter; one that does not learn drops it.
+
+        Args:
+            param: the parameter.
+            grad: its gradient, shaped like it.
+            max_norm: length to which a longer gradient is cut; ``None``: whatever its length.
+        """
 
     def wants_any(self, layer: Layer) -> bool:
         """Whether the weight or the bias of a layer learns."""
@@ -65,14 +72,20 @@ class GradientStore(Updates):
     def fused(self, weight: Tensor, bias: Tensor | None) -> None:
         """Nothing is updated, so no op may do so."""
 
-    def deliver(self, param: Tensor, grad: Tensor) -> None:
+    def deliver(self, param: Tensor, grad: Tensor, max_norm: float | None = None) -> None:
         """Add to ``.grad``."""
         if not param.requires_grad:
             return
+        grad = _cut(grad, max_norm)
         if param.grad is None:
             param.grad = grad
         else:
             param.grad.add_(grad)
+
+
+def _cut(grad: Tensor, max_norm: float | None) -> Tensor:
+    """A gradient, no longer than `max_norm`."""
+    return grad if max_norm is None else cut(grad, max_norm)
 
 
 class OptimizerBridge(Updates):
@@ -175,19 +188,22 @@ class OptimizerBridge(Updates):
         group = self._common_group(weight, bias)
         return group is not None and group.rule is not None
 
-    def deliver(self, param: Tensor, grad: Tensor) -> None:
+    def deliver(self, param: Tensor, grad: Tensor, max_norm: float | None = None) -> None:
         """Apply the gradient in the kernels, or keep it in ``.grad`` for `finish`."""
         if not self.wants(param):
             return
         group = self._groups[self._group_of[param]]
         if group.rule is not None:
-            kernels.apply_update(param, grad, group.rule, self._state(param), backend=self._backend)
+            kernels.apply_update(
+                param, grad, group.rule, self._state(param),
+                max_norm=max_norm, backend=self._backend,
+            )  # fmt: skip
             return
         if not self._delivered:
             # A gradient left from elsewhere is not part of this step.
             self.optimizer.zero_grad(set_to_none=True)
             self._delivered = True
-        param.grad = grad
+        param.grad = _cut(grad, max_norm)
 
     def why(self, param: Tensor) -> str:
         """Why the kernels do not update a parameter, for `Learner.explain`; empty if they do."""

@@ -5,37 +5,24 @@ A new rule is one entry in `RULES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from bpfree.plain import PlainDRTP, PlainPEPITA, PlainURFB
+from bpfree.plain import PlainDRTP, PlainEKDAA, PlainPEPITA, PlainURFB
 from bpfree.rules.base import Learner
 from bpfree.rules.bp import BP
 from bpfree.rules.drtp import DRTP
+from bpfree.rules.ekdaa import EKDAA
 from bpfree.rules.pepita import PEPITA
 from bpfree.rules.shallow import Shallow
 from bpfree.rules.urfb import FRFB, URFB
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 """Optimizers by name."""
-
-
-class MakeLearner(Protocol):
-    """What the learners' constructors have in common."""
-
-    def __call__(
-        self,
-        model: nn.Sequential,
-        optimizer: torch.optim.Optimizer,
-        *,
-        loss: str,
-        seed: int,
-    ) -> Learner:
-        """Make a learner."""
 
 
 class PlainStep(Protocol):
@@ -56,18 +43,18 @@ class Rule:
         lr: default learning rate, for Adam.
         demo_lr: learning rate (Adam) for the demo's small net and data, picked among a few by its test
             accuracy: the demo illustrates, it is no benchmark of accuracy.
-        connectivity: whether the learner takes a share of connections, ``connectivity=``.
         plain: makes the plain-PyTorch formulation for the model and the feedback of a learner;
             ``None`` for baselines, which are plain PyTorch themselves.
+        options: names of the learner's arguments that other rules lack, as the command line has them.
     """
 
     title: str
-    learner: MakeLearner
+    learner: type[Learner]
     loss: str
     lr: float
     demo_lr: float
     plain: Callable[[Learner, nn.Sequential, torch.optim.Optimizer], PlainStep] | None = None
-    connectivity: bool = False
+    options: tuple[str, ...] = ()
 
     def make(
         self,
@@ -76,22 +63,22 @@ class Rule:
         *,
         loss: str,
         seed: int,
-        connectivity: float,
+        options: Mapping[str, Any],
     ) -> Learner:
         """Make a learner.
 
+        Args:
+            model, optimizer, loss, seed: as every learner takes them.
+            options: the rule's own arguments by name; its defaults for those that are not there.
+
         Raises:
-            ValueError: a connectivity other than 1 for a rule that has none; else as the learner.
+            ValueError: an option that the rule does not have; else as the learner.
         """
-        if self.connectivity:
-            sparse = cast(type[URFB], self.learner)
-            return sparse(model, optimizer, loss=loss, seed=seed, connectivity=connectivity)
-        if connectivity != 1:
-            raise ValueError(
-                f"connectivity has no meaning for {self.title}, only for "
-                f"{', '.join(rule.title for rule in RULES.values() if rule.connectivity)}."
-            )
-        return self.learner(model, optimizer, loss=loss, seed=seed)
+        for name in options:
+            if name not in self.options:
+                rules = ", ".join(rule.title for rule in RULES.values() if name in rule.options)
+                raise ValueError(f"{name} has no meaning for {self.title}, only for {rules}.")
+        return self.learner(model, optimizer, loss=loss, seed=seed, **options)
 
 
 def _plain_drtp(
@@ -120,7 +107,24 @@ def _plain_urfb(
 ) -> PlainStep:
     urfb = cast(URFB, learner)
     return PlainURFB(
-        model, urfb.feedback, optimizer, urfb.loss, learns_feedback=urfb.learns_feedback
+        model, urfb.feedback, optimizer, urfb.loss, learns_feedback=urfb.feedback_scale != 0
+    )
+
+
+def _plain_ekdaa(
+    learner: Learner, model: nn.Sequential, optimizer: torch.optim.Optimizer
+) -> PlainStep:
+    ekdaa = cast(EKDAA, learner)
+    return PlainEKDAA(
+        model,
+        ekdaa.feedback,
+        optimizer,
+        ekdaa.loss,
+        beta=ekdaa.beta,
+        gamma=ekdaa.gamma,
+        upsample=ekdaa.upsample,
+        reduction=ekdaa.reduction,
+        max_norm=ekdaa.max_norm,
     )
 
 
@@ -128,8 +132,11 @@ def _plain_urfb(
 RULES = {
     "drtp": Rule("DRTP", DRTP, "bce", 1.5e-4, 1e-3, _plain_drtp),
     "pepita": Rule("PEPITA", PEPITA, "ce", 1.5e-4, 3e-4, _plain_pepita),
-    "urfb": Rule("URFB", URFB, "hinge", 1.5e-4, 1e-3, _plain_urfb, connectivity=True),
-    "frfb": Rule("FRFB", FRFB, "hinge", 1.5e-4, 1e-3, _plain_urfb, connectivity=True),
+    "urfb": Rule("URFB", URFB, "hinge", 1.5e-4, 1e-3, _plain_urfb, ("connectivity",)),
+    "frfb": Rule("FRFB", FRFB, "hinge", 1.5e-4, 1e-3, _plain_urfb, ("connectivity",)),
+    "ekdaa": Rule(
+        "EKDAA", EKDAA, "ce", 1.5e-4, 3e-3, _plain_ekdaa, ("beta", "gamma", "upsample", "max_norm")
+    ),
     "shallow": Rule("Shallow", Shallow, "bce", 1.5e-4, 1e-3),
     "bp": Rule("BP", BP, "ce", 1.5e-4, 1e-3),
 }

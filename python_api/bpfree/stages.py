@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.nn import LocallyConnected2d, SaturatedLinear
+from bpfree.nn import LocallyConnected2d, SaturatedLinear, Signum
 from bpfree_kernels.activations import resolve_activation
 from bpfree_kernels.reference.activations import activate
 
@@ -32,11 +32,11 @@ PASSED_THROUGH = (nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.Dropout, nn.Dropout
 SUPPORTED = (
     "Sequential, Linear, Conv2d, bpfree.nn.LocallyConnected2d, Flatten, MaxPool2d, AvgPool2d, "
     "Dropout, Dropout2d, Identity, ReLU, LeakyReLU, Tanh, Sigmoid, Hardtanh(-1, 1), "
-    "bpfree.nn.SaturatedLinear"
+    "bpfree.nn.SaturatedLinear, bpfree.nn.Signum"
 )
 """Every module that a model may consist of, for error messages."""
 
-_PLAIN_ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_PLAIN_ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", Signum: "sign"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ and a resumed run goes on as if nothing had happened (bit for bit on the CPU).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -63,7 +63,7 @@ class TrainConfig:
     """What to train and how: the options of ``bpfree train``, every default filled in.
 
     ``None`` is left only where torch has the default (`momentum`, `weight_decay`, `threads`) or the
-    model (`activation`, `dropout`, `bias`, `init`).
+    model (`activation`, `dropout`, `bias`, `init`). `rule_options` are the rule's own, those that were given.
     """
 
     rule: str
@@ -87,7 +87,7 @@ class TrainConfig:
     bias: bool | None = None
     init: str | None = None
     untied: bool = False
-    connectivity: float = 1.0
+    rule_options: dict[str, Any] = field(default_factory=dict)
     diagnostics: bool = False
 
     @classmethod
@@ -185,7 +185,7 @@ class TrainRun:
             optimizer,
             loss=config.loss,
             seed=config.seed,
-            connectivity=config.connectivity,
+            options=config.rule_options,
         )
         self._diagnostics = RunDiagnostics(self.learner) if config.diagnostics else None
         self.history: list[EpochResult] = self._resume() if resume else []

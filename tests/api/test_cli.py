@@ -155,6 +155,28 @@ def test_untied_urfb_with_half_the_connections_resumes(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_resumed_ekdaa_run_is_bit_identical(tmp_path: Path) -> None:
+    """Its paper's net with signum, and every option of the rule; E and its momentum come along."""
+    options = ["--rule", "ekdaa", "--model", "ekdaa", "--activation", "sign", "--optimizer", "sgd"]
+    options += ["--momentum", "0.9", "--lr", "1e-4", "--batch-size", "200", "--max-norm", "50"]
+    options += ["--beta", "0.8", "--gamma", "0.2", "--upsample", "average"]
+    assert train(tmp_path / "whole", *options, "--epochs", "2").exit_code == 0
+    for epochs in ("1", "2"):
+        resume = ["--resume"] if epochs == "2" else []
+        run = train(tmp_path / "parts", *options, "--epochs", epochs, *resume)
+        assert run.exit_code == 0, run.output
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert list(whole) == ["0.weight", "3.weight", "6.weight", "9.weight", "11.weight"]
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    config = json.loads((tmp_path / "parts" / "metrics.json").read_text())["config"]
+    assert config["rule_options"] == {
+        "beta": 0.8, "gamma": 0.2, "upsample": "average", "max_norm": 50.0,
+    }  # fmt: skip
+    other = [*options[:-1], "nearest"]
+    refused = train(tmp_path / "parts", *other, "--epochs", "3", "--resume")
+    assert "was trained with rule_options" in refused.stderr
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     train(tmp_path, "--epochs", "1")
     before = weights(tmp_path)
@@ -238,7 +260,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_too(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--rule", "magic"], "rule must be one of drtp, pepita, urfb, frfb, shallow, bp"),
+        (["--rule", "magic"], "rule must be one of drtp, pepita, urfb, frfb, ekdaa, shallow, bp"),
         (["--model", "vgg"], "model must be fc<L>-<H>"),
         (["--data", "svhn"], "data set must be one of digits, mnist"),
         (
@@ -254,6 +276,12 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_too(
         (["--untied"], "untied needs a model with convolutions, got 'fc1-16'"),
         (["--connectivity", "0.5"], "connectivity has no meaning for DRTP, only for URFB, FRFB"),
         (["--rule", "urfb", "--connectivity", "0"], "connectivity must lie in (0, 1], got 0.0"),
+        (["--beta", "0.5"], "beta has no meaning for DRTP, only for EKDAA"),
+        (["--rule", "urfb", "--gamma", "0.1"], "gamma has no meaning for URFB, only for EKDAA"),
+        (["--rule", "ekdaa", "--connectivity", "1"], "connectivity has no meaning for EKDAA, only"),
+        (["--rule", "ekdaa", "--upsample", "x"], "upsample must be one of 'argmax', 'nearest'"),
+        (["--rule", "ekdaa", "--max-norm", "0"], "max_norm must be positive and finite, got 0.0"),
+        (["--activation", "sign"], "DRTP needs the derivative of every activation, but that of"),
     ],
 )
 def test_a_mistake_gets_one_sentence(

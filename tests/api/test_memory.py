@@ -1,4 +1,4 @@
-"""A step of DRTP keeps no activation: its memory does not grow with depth."""
+"""What steps keep: DRTP no activation, whatever the depth; EKDAA less than backprop."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bpfree
+from bpfree.models import build_model
 
 BATCH, WIDTH = 64, 16
 
@@ -73,3 +74,19 @@ def test_convolutions_keep_nothing_either(depth: int) -> None:
     with PeakMemory() as memory:
         learner.step(x, y)
     assert memory.peak <= 4.5 * x.nbytes  # input, pre-activation, output, signal
+
+
+def test_error_kernels_need_less_than_backprop() -> None:
+    """The paper's net; what an op needs for itself is not counted."""
+    peaks = {}
+    x, y = torch.randn(10, 1, 12, 12), torch.arange(10) % 3
+    for rule in (bpfree.EKDAA, bpfree.BP):
+        model = build_model("ekdaa", (1, 12, 12), 3)
+        learner = rule(model, torch.optim.SGD(model.parameters(), lr=1e-4), loss="ce")
+        learner.step(x, y)
+        with PeakMemory() as memory:
+            learner.step(x, y)
+        peaks[rule] = memory.peak
+    first_layer = 10 * 32 * 12 * 12 * 4
+    assert peaks[bpfree.EKDAA] > 2 * first_layer  # z and f(z), or nothing was counted
+    assert peaks[bpfree.EKDAA] < peaks[bpfree.BP]

@@ -72,6 +72,29 @@ def test_simpnet_of_the_urfb_paper(image: tuple[int, ...], pooled: int) -> None:
         assert 0.98 * bound < weight.abs().max() <= bound
 
 
+@pytest.mark.parametrize(
+    ("image", "flat"), [((1, 28, 28), 7 * 7), ((3, 32, 32), 8 * 8), ((1, 8, 9), 2 * 2)]
+)
+def test_the_net_of_the_ekdaa_paper(image: tuple[int, ...], flat: int) -> None:
+    """32, 64 and 128 filters of 3×3, the first two pooled, 128 units; tanh, no biases, Glorot."""
+    model = build_model("ekdaa", image, 10)
+    block = ["Conv2d", "Tanh"]
+    assert kinds(model) == [
+        *block, "MaxPool2d", *block, "MaxPool2d", *block, "Flatten", "Linear", "Tanh", "Linear",
+    ]  # fmt: skip
+    assert [tuple(p.shape) for p in model.parameters()] == [
+        (32, image[0], 3, 3), (64, 32, 3, 3), (128, 64, 3, 3), (128, 128 * flat), (10, 128),
+    ]  # fmt: skip
+    assert model(torch.randn(2, *image)).shape == (2, 10)
+    for weight, fans in zip(
+        model.parameters(),
+        (9 * (image[0] + 32), 9 * 96, 9 * 192, 128 * flat + 128, 138),
+        strict=True,
+    ):
+        bound = (6 / fans) ** 0.5
+        assert 0.98 * bound < weight.abs().max() <= bound
+
+
 def test_simpnet_can_be_had_otherwise() -> None:
     model = build_model(
         "simpnet", (1, 8, 8), 10, activation="relu", dropout=0.0, bias=True, init="torch"
@@ -148,9 +171,7 @@ def test_weights_are_pytorchs_default_initialisation() -> None:
 
 @pytest.mark.parametrize("name", ["fc", "fc0-10", "fc1-0", "fc1-", "resnet", "fc1-10x", ""])
 def test_unknown_name_is_refused_with_the_names_that_exist(name: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"model must be fc<L>-<H> .*, conv-pepita or simpnet, got"
-    ):
+    with pytest.raises(ValueError, match=r"model must be fc<L>-<H> .*, simpnet or ekdaa, got"):
         build_model(name, (1, 8, 8), 10)
 
 
@@ -164,6 +185,8 @@ def test_bad_arguments_are_refused() -> None:
     for shape in ((64,), (1, 5, 28)):
         with pytest.raises(ValueError, match=r"conv-pepita .* 6 by 6 at least, got"):
             build_model("conv-pepita", shape, 10)
+    with pytest.raises(ValueError, match=r"ekdaa .* 4 by 4 at least, got \(1, 3, 28\)"):
+        build_model("ekdaa", (1, 3, 28), 10)
     with pytest.raises(ValueError, match=r"images of shape .*, got \(2, 8, 8\)"):
         build_model("conv", (2, 8, 8), 10)
     with pytest.raises(ValueError, match=r"images of shape .*, got \(64,\)"):

@@ -7,7 +7,7 @@ import torch
 from nets import conv, dense
 from torch import nn
 
-from bpfree.nn import LocallyConnected2d, SaturatedLinear
+from bpfree.nn import LocallyConnected2d, SaturatedLinear, Signum
 from bpfree.stages import parse
 
 
@@ -61,9 +61,25 @@ def test_saturated_linear_is_hardtanh_with_a_slope() -> None:
     assert (network.hidden[0].activation, network.hidden[0].slope) == ("hardtanh", 0.5)
 
 
+def test_signum_is_sign() -> None:
+    network = parse(nn.Sequential(nn.Linear(3, 4), Signum(), nn.Linear(4, 2)))
+    assert (network.hidden[0].activation, network.hidden[0].slope) == ("sign", None)
+    z = torch.tensor([-2.0, -0.0, 0.0, 0.1, torch.inf, torch.nan])
+    wanted = torch.tensor([-1.0, 0.0, 0.0, 1.0, 1.0, torch.nan])
+    torch.testing.assert_close(Signum()(z), wanted, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "module",
-    [SaturatedLinear(0.5), nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.LeakyReLU(0.2), nn.Identity()],
+    [
+        SaturatedLinear(0.5),
+        nn.Tanh(),
+        nn.Sigmoid(),
+        nn.ReLU(),
+        nn.LeakyReLU(0.2),
+        nn.Identity(),
+        Signum(),
+    ],
     ids=str,
 )
 def test_a_gate_is_the_derivative(module: nn.Module) -> None:

@@ -51,14 +51,15 @@ def _uses(layer: Layer, weight: Array) -> Iterator[tuple[int, int, tuple[int, ..
             yield (o * rows + r) * columns + q, (c * height + y) * width + x, place
 
 
-def _matrix(layer: Layer, weight: Array, inputs: int) -> Array:
+def matrix(layer: Layer, weight: Array, inputs: int) -> Array:
+    """A layer's weight, or another that lies like it, between all inputs and all units, [units, inputs]."""
     full = np.zeros((layer.bias.size, inputs))
     for unit, source, place in _uses(layer, weight):
         full[unit, source] = weight[place]
     return full
 
 
-def _gathered(layer: Layer, full: Array) -> Array:
+def gathered(layer: Layer, full: Array) -> Array:
     """The gradient of a weight from that of the matrix: a sum over the places where it is used."""
     grad = np.zeros_like(layer.weight)
     for unit, source, place in _uses(layer, layer.weight):
@@ -66,7 +67,7 @@ def _gathered(layer: Layer, full: Array) -> Array:
     return grad
 
 
-def _winners(h: Array, layer: Layer) -> NDArray[np.int64]:
+def winners(h: Array, layer: Layer) -> NDArray[np.int64]:
     """Of each window of 2 by 2, which unit has the maximum, the first of equals; [N, windows]."""
     assert layer.size is not None
     side = layer.weight.shape[2]
@@ -92,27 +93,27 @@ def urfb_gradients(
     """
     inputs, fields, chosen = [x], [], []
     for layer in layers:
-        z = inputs[-1] @ _matrix(layer, layer.weight, inputs[-1].shape[1]).T + layer.bias
+        z = inputs[-1] @ matrix(layer, layer.weight, inputs[-1].shape[1]).T + layer.bias
         fields.append(z)
         h = np.clip(slope * z, -1, 1)
-        winners = _winners(h, layer) if layer.pool else None
-        chosen.append(winners)
-        inputs.append(h if winners is None else np.take_along_axis(h, winners, 1))
+        first = winners(h, layer) if layer.pool else None
+        chosen.append(first)
+        inputs.append(h if first is None else np.take_along_axis(h, first, 1))
     samples, classes = fields[-1].shape
     right = labels[:, None] == np.arange(classes)
     delta = np.where(right, -1.0 * (fields[-1] <= 1), (fields[-1] >= -1) / (classes - 1))
     weights, biases = [], []
     for place in reversed(range(len(layers))):
         layer, h = layers[place], inputs[place]
-        weights.append(_gathered(layer, delta.T @ h / samples))
+        weights.append(gathered(layer, delta.T @ h / samples))
         biases.append(delta.mean(0))
         if place == 0:
             break
-        arrived = delta @ _matrix(layer, feedback[place - 1], h.shape[1])
-        winners, z = chosen[place - 1], fields[place - 1]
-        if winners is not None:
+        arrived = delta @ matrix(layer, feedback[place - 1], h.shape[1])
+        first, z = chosen[place - 1], fields[place - 1]
+        if first is not None:
             spread = np.zeros_like(z)
-            np.put_along_axis(spread, winners, arrived, 1)
+            np.put_along_axis(spread, first, arrived, 1)
             arrived = spread
         delta = arrived * slope * (np.abs(slope * z) <= 1)
     return weights[::-1], biases[::-1]

@@ -1,7 +1,8 @@
 """Modules for ordinary PyTorch training loops: no learner needed."""
 
-from bpfree.nn.activation import SaturatedLinear
+from bpfree.nn.activation import SaturatedLinear, Signum
 from bpfree.nn.connectivity import random_connectivity
+from bpfree.nn.error_kernel import ErrorKernelConv2d, ErrorKernelLinear, TargetActivation
 from bpfree.nn.feedback import (
     FeedbackConv2d,
     FeedbackLinear,
@@ -13,6 +14,8 @@ from bpfree.nn.loss import MultiClassHingeLoss
 from bpfree.nn.untie import untie
 
 __all__ = [
+    "ErrorKernelConv2d",
+    "ErrorKernelLinear",
     "FeedbackConv2d",
     "FeedbackLinear",
     "FeedbackLocallyConnected2d",
@@ -20,6 +23,8 @@ __all__ = [
     "LocallyConnected2d",
     "MultiClassHingeLoss",
     "SaturatedLinear",
+    "Signum",
+    "TargetActivation",
     "feedback_weights",
     "random_connectivity",
     "untie",

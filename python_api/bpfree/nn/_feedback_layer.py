@@ -23,24 +23,29 @@ Down = Callable[[Tensor, Tensor, torch.Size, Place], Tensor]
 
 
 class _GradientForBoth(torch.autograd.Function):
-    """W as it is; its gradient goes to W and to R, to each where its connections exist."""
+    """W as it is; its gradient goes to W and, scaled, to R, to each where its connections exist."""
 
     @staticmethod
     def forward(
         ctx: Any,
         weight: Tensor,
         feedback: Tensor | None,  # noqa: ARG004  only to receive a gradient
+        feedback_scale: float,
         weight_mask: Tensor | None,
         feedback_mask: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(weight_mask, feedback_mask)
+        ctx.feedback_scale = feedback_scale
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight_mask, feedback_mask = ctx.saved_tensors
-        of_feedback = masked(gradient, feedback_mask) if ctx.needs_input_grad[1] else None
-        return masked(gradient, weight_mask), of_feedback, None, None
+        of_feedback = None
+        if ctx.needs_input_grad[1]:
+            scale = ctx.feedback_scale
+            of_feedback = masked(gradient if scale == 1 else scale * gradient, feedback_mask)
+        return masked(gradient, weight_mask), of_feedback, None, None, None
 
 
 class _DownThroughFeedback(torch.autograd.Function):
@@ -77,6 +82,11 @@ class FeedbackLayer(nn.Module):
     feedback: Tensor
     weight_mask: Tensor | None
     feedback_mask: Tensor | None
+
+    @property
+    def feedback_scale(self) -> float:
+        """Factor of the gradient that R gets where it learns: that of W times this."""
+        return 1.0
 
     def add_feedback(
         self, mode: str, weight_mask: Tensor | None, feedback_mask: Tensor | None
@@ -127,13 +137,13 @@ class FeedbackLayer(nn.Module):
         self._draw_feedback()
 
     def _learning_weight(self) -> Tensor:
-        """W for the forward pass. Its gradient is R's, too, if W learns and R is to follow it."""
+        """W for the forward pass. Its gradient is R's, too, scaled, if W learns and R is to follow it."""
         updated = self.mode == "updated"
         if not self.weight.requires_grad or not (updated or self.weight_mask is not None):
             return self.weight
         feedback = self.feedback if updated else None
-        masks = (self.weight_mask, self.feedback_mask)
-        kernel = _GradientForBoth.apply(self.weight, feedback, *masks)  # type: ignore[no-untyped-call]
+        args = (feedback, self.feedback_scale, self.weight_mask, self.feedback_mask)
+        kernel = _GradientForBoth.apply(self.weight, *args)  # type: ignore[no-untyped-call]
         return cast(Tensor, kernel)
 
     def send_down(self, z: Tensor, x: Tensor, down: Down, place: Place) -> Tensor:
@@ -161,4 +171,7 @@ class FeedbackLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments, for ``print``."""
-        return f"{super().extra_repr()}, mode={self.mode!r}"
+        return f"{super().extra_repr()}, {self._feedback_repr()}"
+
+    def _feedback_repr(self) -> str:
+        return f"mode={self.mode!r}"

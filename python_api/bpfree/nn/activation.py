@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from bpfree_kernels.activations import resolve_activation
@@ -34,3 +35,15 @@ class SaturatedLinear(nn.Module):
     def extra_repr(self) -> str:
         """The slope, for ``print``."""
         return f"slope={self.slope:g}"
+
+
+class Signum(nn.Module):
+    """f(z) = sign(z): −1, 0 or 1, of any shape; NaN stays NaN.
+
+    f′ is 0 everywhere, so that no gradient gets through it: rules that use no derivative can train the layers
+    below, such as `bpfree.EKDAA`.
+    """
+
+    def forward(self, z: Tensor) -> Tensor:
+        """f(z), shaped like z."""
+        return torch.where(z.isnan(), z, z.sign())  # torch's own makes 0 of NaN

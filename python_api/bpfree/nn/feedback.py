@@ -229,10 +229,15 @@ class FeedbackLocallyConnected2d(FeedbackLayer, LocallyConnected2d):
 
         Raises:
             TypeError: a convolution without feedback.
-            ValueError: as `LocallyConnected2d.from_conv2d`.
+            ValueError: as `LocallyConnected2d.from_conv2d`, or feedback that learns at a pace of its own.
         """
         if not isinstance(conv, FeedbackConv2d):
             raise TypeError(f"conv must be a FeedbackConv2d, got {type(conv).__name__}.")
+        if conv.feedback_scale != 1:
+            raise ValueError(
+                "conv must have feedback that gets the gradient of its weight, "
+                f"got {conv.feedback_scale:g} times that gradient."
+            )
         layer = cls._from_tied(conv, input_size, mode=conv.mode)
         positions = layer.weight.shape[:2]
         layer.hold_feedback(spread(conv.feedback, positions))
@@ -244,7 +249,11 @@ class FeedbackLocallyConnected2d(FeedbackLayer, LocallyConnected2d):
 
 
 def feedback_weights(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The R of every layer in mode ``"updated"``, for the optimizer, in the order of the modules."""
+    """What learns beside the weights, for the optimizer, in the order of the modules.
+
+    That is R of every layer in mode ``"updated"``, and E of every `ErrorKernelLinear` and
+    `ErrorKernelConv2d`.
+    """
     for module in model.modules():
         if isinstance(module, FeedbackLayer) and module.mode == "updated":
             yield cast(nn.Parameter, module.feedback)

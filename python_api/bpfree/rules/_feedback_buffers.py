@@ -1,4 +1,4 @@
-"""What URFB keeps beside W and R: which of their connections exist, and the optimizer's state of R."""
+"""What is kept beside W and its feedback R: which of their connections exist, the optimizer's state of R."""
 
 from __future__ import annotations
 

@@ -5,31 +5,57 @@
     forward    z = W x + b, y = f(z)
     feedback   Rᵀ δ, with any weights R that lie like W
     gradients  ∂W = scale · Σ_batch δ xᵀ, ∂b = scale · Σ_batch δ   (over space, too, where W is shared)
+    step       the gradients applied to W, b and, if one learns beside them, R
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, TypedDict, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, TypedDict, cast
 
+import torch
 from torch import Tensor, nn
 
 import bpfree_kernels as kernels
 from bpfree.convolution import Convolution, channels_last
 from bpfree.nn import LocallyConnected2d
 from bpfree.stages import Stage
+from bpfree_kernels.update import UpdateRule
 
 Gradients = tuple[Tensor, Tensor | None]
 """Of weight and bias."""
 
 
+class Place(TypedDict, total=False):
+    """How the windows of a layer lie, as the ops take it; empty for a dense layer."""
+
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+
+
+def place_of(layer: nn.Module) -> Place:
+    """How the windows of a layer lie."""
+    if not isinstance(layer, nn.Conv2d | LocallyConnected2d):
+        return Place()
+    return Place(
+        stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups
+    )
+
+
 class Products(ABC):
     """Of one layer; made by `products`."""
+
+    grad_op: ClassVar[Callable[..., Gradients]]
+    step_op: ClassVar[Callable[..., None]]
 
     def __init__(self, stage: Stage, backend: str | None) -> None:
         """Take a stage, and the backend of the ops."""
         self.stage = stage
         self.backend = backend
+        self._place = place_of(stage.layer)
 
     def enter(self, x: Tensor) -> Tensor:
         """The layer's input as the other methods want it."""
@@ -52,12 +78,45 @@ class Products(ABC):
             Signal at the input before `enter`.
         """
 
-    @abstractmethod
     def gradients(self, signal: Tensor, x: Tensor, scale: float) -> Gradients:
         """Gradients of weight and bias, for an input (`enter`)."""
+        layer = self.stage.layer
+        # torch's fused optimizers take a gradient element by element, as its parameter lies.
+        lies_alike = torch.empty_like(layer.weight)
+        return type(self).grad_op(
+            signal, x, layer.weight, layer.bias, scale=scale, grad_weight=lies_alike,
+            **self._place, backend=self.backend,
+        )  # fmt: skip
+
+    def step(
+        self,
+        signal: Tensor,
+        x: Tensor,
+        update: UpdateRule,
+        state: kernels.LayerState,
+        *,
+        scale: float,
+        **feedback: Any,
+    ) -> None:
+        """Apply the gradients in one op.
+
+        Args:
+            signal, x, scale: as in `gradients`.
+            update: the update rule.
+            state: what it remembers of weight and bias.
+            feedback: the op's own arguments about a weight that learns beside the layer's.
+        """
+        layer = self.stage.layer
+        type(self).step_op(
+            signal, x, layer.weight, layer.bias, update, state,
+            scale=scale, **feedback, **self._place, backend=self.backend,
+        )  # fmt: skip
 
 
 class _Dense(Products):
+    grad_op = kernels.dense_grad
+    step_op = kernels.dense_step
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         stage = self.stage
         return kernels.dense_forward(
@@ -68,59 +127,33 @@ class _Dense(Products):
     def feedback(self, signal: Tensor, weight: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
         return signal @ weight
 
-    def gradients(self, signal: Tensor, x: Tensor, scale: float) -> Gradients:
-        layer = self.stage.layer
-        return kernels.dense_grad(
-            signal, x, layer.weight, layer.bias, scale=scale, backend=self.backend
-        )
-
 
 class _Shared(Products):
-    """A convolution."""
+    """A convolution: forward and feedback are torch's own."""
 
-    def __init__(self, stage: Stage, backend: str | None, layer: nn.Conv2d) -> None:
+    grad_op = kernels.conv_grad
+    step_op = kernels.conv_step
+
+    def __init__(self, stage: Stage, backend: str | None) -> None:
         super().__init__(stage, backend)
-        self._convolution = Convolution(layer)
+        self._convolution = Convolution(cast(nn.Conv2d, stage.layer))
 
     def enter(self, x: Tensor) -> Tensor:
-        return self._convolution.pad(channels_last(x))
+        return channels_last(x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self._convolution.forward(x)
+        z = self._convolution.forward(self._convolution.pad(x))
         return z, self.stage.activate(z)
 
     def feedback(self, signal: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        return self._convolution.feedback(signal, weight, x)
-
-    def gradients(self, signal: Tensor, x: Tensor, scale: float) -> Gradients:
-        has_bias = self.stage.layer.bias is not None
-        of_weight, of_bias = self._convolution.gradients(x, signal, weight=True, bias=has_bias)
-        scaled = cast(Tensor, of_weight).mul_(scale)
-        return scaled, None if of_bias is None else of_bias.mul_(scale)
-
-
-class _Place(TypedDict):
-    """How the windows of a locally connected layer lie, as the ops take it."""
-
-    stride: Any
-    padding: Any
-    dilation: Any
-    groups: int
-
-
-def place_of(layer: LocallyConnected2d) -> _Place:
-    """How the windows of a locally connected layer lie, as the ops take it."""
-    return _Place(
-        stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups
-    )
+        return self._convolution.feedback(signal, weight, self._convolution.pad(x))
 
 
 class _Untied(Products):
     """A locally connected layer."""
 
-    def __init__(self, stage: Stage, backend: str | None, layer: LocallyConnected2d) -> None:
-        super().__init__(stage, backend)
-        self._place = place_of(layer)
+    grad_op = kernels.local_conv_grad
+    step_op = kernels.local_conv_step
 
     def enter(self, x: Tensor) -> Tensor:
         return channels_last(x)
@@ -137,18 +170,11 @@ class _Untied(Products):
             signal, weight, x.shape[2:], **self._place, backend=self.backend
         )
 
-    def gradients(self, signal: Tensor, x: Tensor, scale: float) -> Gradients:
-        layer = self.stage.layer
-        return kernels.local_conv_grad(
-            signal, x, layer.weight, layer.bias, scale=scale, **self._place, backend=self.backend
-        )
-
 
 def products(stage: Stage, backend: str | None) -> Products:
     """The products of a stage's layer."""
-    layer = stage.layer
-    if isinstance(layer, nn.Conv2d):
-        return _Shared(stage, backend, layer)
-    if isinstance(layer, LocallyConnected2d):
-        return _Untied(stage, backend, layer)
+    if isinstance(stage.layer, nn.Conv2d):
+        return _Shared(stage, backend)
+    if isinstance(stage.layer, LocallyConnected2d):
+        return _Untied(stage, backend)
     return _Dense(stage, backend)

@@ -37,6 +37,7 @@ class Learner(ABC):
         rule: name of the rule.
         uses_kernels: whether the kernels may run the optimizer.
         layers: the kinds of layer that the rule can train.
+        uses_slope: whether the rule needs f′ of the hidden activations.
         model: the model.
         network: the model as stages, read once: do not add or replace modules afterwards.
         loss: name of the loss, or a hinge loss.
@@ -50,6 +51,7 @@ class Learner(ABC):
     rule: ClassVar[str]
     uses_kernels: ClassVar[bool] = True
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
+    uses_slope: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -353,6 +355,12 @@ class Learner(ABC):
                 raise TypeError(
                     f"{type(self).__name__} trains {known}, but layer {stage.name!r} is a "
                     f"{type(stage.layer).__name__}."
+                )
+            if stage.activation == "sign" and self.uses_slope:
+                raise ValueError(
+                    f"{type(self).__name__} needs the derivative of every activation, but that of "
+                    f"Signum behind layer {stage.name!r} is 0 everywhere: no layer would ever learn "
+                    "through it."
                 )
 
     def _check_batch(self, x: Tensor, y: Tensor) -> None:

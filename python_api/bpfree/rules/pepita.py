@@ -63,6 +63,7 @@ class PEPITA(Learner):
     """
 
     rule = "pepita"
+    uses_slope = False
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ class Shallow(Learner):
 
     rule = "shallow"
     layers = get_args(Layer)
+    uses_slope = False
 
     def _learn(self, x: Tensor, y: Tensor, updates: Updates) -> StepResult:
         x = self.network.enter(x)
