@@ -101,7 +101,7 @@ def ekdaa_error(
         e, shaped like `z` and in its order in memory.
 
     Raises:
-        TypeError: an unsupported dtype, or dtypes that differ.
+        TypeError: an unsupported dtype, dtypes that differ, or another `pool` than a `MaxPool`.
         ValueError: shapes or devices that do not fit, an unknown activation or up-sampling, or another
             backend than the reference for ``"bilinear"``.
         RuntimeError: a backend that cannot run here.
@@ -109,7 +109,7 @@ def ekdaa_error(
     checks.floating("z", z)
     if z.dim() < 2:
         raise ValueError(f"z must have shape [batch, ...], got {tuple(z.shape)}.")
-    backend = _check_upsample(upsample, backend)
+    backend = _check_spread(pool, upsample, backend)
     name, parameter = resolve_activation(activation, slope)
     if pool is None:
         checks.like("change", change, "z", z)
@@ -202,14 +202,14 @@ def ekdaa_conv_error(
         e of the maps below, shaped like `z` and in its order in memory.
 
     Raises:
-        TypeError: an unsupported dtype, or dtypes that differ.
+        TypeError: an unsupported dtype, dtypes that differ, or another `pool` than a `MaxPool`.
         ValueError: shapes or devices that do not fit, an unknown activation or up-sampling, or another
             backend than the reference for ``"bilinear"``.
         RuntimeError: a backend that cannot run here.
     """
     checks.floating("z", z)
     checks.dims("z", z, 4, "[batch, in, height, width]")
-    backend = _check_upsample(upsample, backend)
+    backend = _check_spread(pool, upsample, backend)
     name, parameter = resolve_activation(activation, slope)
     size = (z.shape[2], z.shape[3])
     entered = size if pool is None else pool.size(size)
@@ -230,8 +230,10 @@ def ekdaa_conv_error(
     )  # fmt: skip
 
 
-def _check_upsample(upsample: str, backend: str | None) -> str | None:
-    """Check the name of an up-sampling; returns the backend that has it."""
+def _check_spread(pool: MaxPool | None, upsample: str, backend: str | None) -> str | None:
+    """Check a pooling, and how d passes it; returns the backend that has this up-sampling."""
+    if not isinstance(pool, MaxPool | None):
+        raise TypeError(f"pool must be a MaxPool or None, got {type(pool).__name__}.")
     if upsample not in UPSAMPLINGS:
         known = ", ".join(repr(name) for name in UPSAMPLINGS)
         raise ValueError(f"upsample must be one of {known}, got {upsample!r}.")

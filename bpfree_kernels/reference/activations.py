@@ -6,31 +6,49 @@ import torch
 from torch import Tensor
 
 
+def value(z: Tensor, activation: str, slope: float) -> Tensor:
+    """f(z), a tensor of its own.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+    if activation == "identity":
+        return z.clone()
+    if activation == "relu":
+        return z.relu()
+    if activation == "leaky_relu":
+        return torch.where(z > 0, z, slope * z)
+    if activation == "tanh":
+        return torch.tanh(z)
+    if activation == "sigmoid":
+        return torch.sigmoid(z)
+    if activation == "hardtanh":
+        return (slope * z).clamp(-1, 1)
+    if activation == "sign":
+        return torch.sign(z).where(~z.isnan(), z)  # torch.sign drops NaN
+    raise ValueError(f"unknown activation {activation!r}")
+
+
 def activate(z: Tensor, activation: str, slope: float) -> tuple[Tensor, Tensor]:
     """f(z) and f′(z), both shaped like z.
 
     Raises:
         ValueError: an unknown activation.
     """
+    y = value(z, activation, slope)
     if activation == "identity":
-        return z.clone(), torch.ones_like(z)
+        return y, torch.ones_like(z)
     if activation == "relu":
-        return z.relu(), (z > 0).to(z.dtype)
+        return y, (z > 0).to(z.dtype)
     if activation == "leaky_relu":
-        gain = torch.full_like(z, slope).masked_fill(z > 0, 1.0)
-        return z * gain, gain
+        return y, torch.full_like(z, slope).masked_fill(z > 0, 1.0)
     if activation == "tanh":
-        y = torch.tanh(z)
         return y, 1 - y * y
     if activation == "sigmoid":
-        y = torch.sigmoid(z)
         return y, y * (1 - y)
     if activation == "hardtanh":
-        scaled = slope * z
-        return scaled.clamp(-1, 1), slope * (scaled.abs() <= 1).to(z.dtype)
-    if activation == "sign":
-        return torch.sign(z).where(~z.isnan(), z), torch.zeros_like(z)  # torch.sign drops NaN
-    raise ValueError(f"unknown activation {activation!r}")
+        return y, slope * ((slope * z).abs() <= 1).to(z.dtype)
+    return y, torch.zeros_like(z)  # sign
 
 
 def difference(z: Tensor, change: Tensor, activation: str, slope: float) -> Tensor:
@@ -65,7 +83,7 @@ def _difference(z: Tensor, change: Tensor, activation: str, slope: float) -> Ten
         y = scaled.clamp(-1, 1)
         return torch.minimum(torch.maximum((scaled - y) + slope * change, -1 - y), 1 - y)
     if activation == "sign":
-        return activate(z + change, "sign", 0.0)[0] - activate(z, "sign", 0.0)[0]
+        return value(z + change, "sign", 0.0) - value(z, "sign", 0.0)
     raise ValueError(f"unknown activation {activation!r}")
 
 

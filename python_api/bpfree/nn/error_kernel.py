@@ -1,4 +1,4 @@
-"""Layers that learn by error kernels (EKDAA, Ororbia and Mali 2023) in an ordinary training loop.
+"""Layers that learn by error kernels (EKDAA, Zee et al. 2023) in an ordinary training loop.
 
 ::
 
@@ -44,7 +44,7 @@ from bpfree_kernels.activations import DEFAULT_SLOPE, resolve_activation
 from bpfree_kernels.geometry import MaxPool
 from bpfree_kernels.maps import as_maps
 from bpfree_kernels.ops.local_conv import Ints
-from bpfree_kernels.reference.activations import activate
+from bpfree_kernels.reference.activations import value
 
 
 def _finite(name: str, value: float) -> float:
@@ -149,7 +149,7 @@ class _TowardsTarget(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, beta: float, activation: str, slope: float) -> Tensor:
         ctx.save_for_backward(z)
         ctx.options = (beta, "argmax", *_UNITS, activation, slope)
-        return activate(z, activation, slope)[0]
+        return value(z, activation, slope)
 
     @staticmethod
     @once_differentiable
