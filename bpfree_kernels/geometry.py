@@ -52,8 +52,8 @@ class Pooling(NamedTuple):
         return self.stride_h, self.stride_w
 
 
-POOLING_SCHEMA = ", ".join(f"int {field}" for field in Pooling._fields)
-"""`Pooling` in the schema of an op."""
+POOLING_SCHEMA = ", ".join(f"int pool_{field}" for field in Pooling._fields)
+"""`Pooling` in the schema of an op, by other names than a `Geometry` beside it."""
 
 
 def pair(name: str, value: int | Sequence[int], least: int) -> Pair:

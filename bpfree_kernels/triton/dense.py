@@ -20,8 +20,10 @@ from bpfree_kernels.triton.activations import activate
 from bpfree_kernels.triton.launch import Blocks, launch, on_matrix_units, products, sizes
 from bpfree_kernels.triton.optimizers import (
     Learning,
+    Target,
     keep_gradients,
     learn_in_place,
+    make_target,
     prepare,
     write,
 )
@@ -53,6 +55,8 @@ STEP_BLOCKS = {
 """Tiles of a kernel that makes the signal of a few rows and updates them, in one launch."""
 
 _MANY_UNITS = 2048
+
+_NOTHING = Target(None)
 
 
 @triton.jit
@@ -137,12 +141,15 @@ def update_rows(
 
 @triton.jit(do_not_specialize=["batch", "outputs", "inputs"])
 def update_kernel(
-    post_ptr, pre_ptr, weight, bias, rule, scale, batch, outputs, inputs,
+    post_ptr, pre_ptr, weight, bias, feedback, rule, scale, feedback_scale, batch, outputs, inputs,
     EPILOGUE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     OUTPUTS_BY: tl.constexpr, INPUTS_BY: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of scale · postᵀ · pre into `weight`, and by one program of each row its ∂b into `bias`."""
+    """A tile of scale · postᵀ · pre into `weight`, and times `feedback_scale` into `feedback`.
+
+    By one program of each row its ∂b goes into `bias`.
+    """
     outputs *= OUTPUTS_BY
     inputs *= INPUTS_BY
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -165,14 +172,25 @@ def update_kernel(
             bias_gradient += tl.sum(post.to(tl.float32), 0)
     offsets = units.to(tl.int64)[:, None] * inputs + columns[None, :]
     mask = has_unit[:, None] & has_column[None, :]
+    gradient *= scale
     scalars = prepare(weight, rule, EPILOGUE)
-    write(weight, rule, scalars, offsets, mask, scale * gradient, EPILOGUE)
+    write(weight, rule, scalars, offsets, mask, gradient, EPILOGUE)
+    if feedback.data is not None:
+        scalars = prepare(feedback, rule, EPILOGUE)
+        write(feedback, rule, scalars, offsets, mask, feedback_scale * gradient, EPILOGUE)
     if bias.data is not None and tl.program_id(1) == 0:
         scalars = prepare(bias, rule, EPILOGUE)
         write(bias, rule, scalars, units, has_unit, scale * bias_gradient, EPILOGUE)
 
 
-def learn(post: Tensor, pre: Tensor, scale: float, learning: Learning) -> None:
+def learn(
+    post: Tensor,
+    pre: Tensor,
+    scale: float,
+    learning: Learning,
+    feedback: Target = _NOTHING,
+    feedback_scale: float = 1.0,
+) -> None:
     """Let a dense layer learn: ∂W = scale · postᵀ · pre and ∂b = scale · Σ post, in one launch.
 
     Args:
@@ -180,6 +198,8 @@ def learn(post: Tensor, pre: Tensor, scale: float, learning: Learning) -> None:
         pre: input of the layer, [batch, in].
         scale: factor of both gradients, applied in float32 (16-bit signals keep their range).
         learning: what is written, and how.
+        feedback: a weight that learns ``feedback_scale * ∂W`` by the same rule.
+        feedback_scale: γ.
     """
     (batch, outputs), inputs = post.shape, pre.shape[1]
     blocks = UPDATE_BLOCKS[outputs <= 16, post.element_size() == 2]
@@ -187,6 +207,7 @@ def learn(post: Tensor, pre: Tensor, scale: float, learning: Learning) -> None:
     grid = (triton.cdiv(outputs, blocks.BLOCK_H), max(1, triton.cdiv(inputs, blocks.BLOCK_K)))
     launch(
         update_kernel, grid, post, pre, scale=scale, batch=batch, on=post, **learning._asdict(),
+        feedback=feedback, feedback_scale=feedback_scale,
         **sizes(outputs=outputs, inputs=inputs), **products(post, blocks),
     )  # fmt: skip
 
@@ -237,10 +258,19 @@ def dense_forward(
 
 
 def dense_step(
-    post: Tensor, pre: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *update: Any
+    post: Tensor,
+    pre: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    feedback: Tensor | None,
+    scale: float,
+    feedback_scale: float,
+    *update: Any,
 ) -> None:
-    """Weight, bias and state updated in place."""
-    learn(post, pre, scale, learn_in_place(weight, bias, update))
+    """Weight, bias, feedback and their state updated in place."""
+    learning = learn_in_place(weight, bias, update[:14])
+    target = make_target(feedback, *update[14:])
+    learn(post, pre, scale, learning, target, feedback_scale)
 
 
 def dense_grad(

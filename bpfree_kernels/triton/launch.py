@@ -56,6 +56,14 @@ def sizes(**named: int) -> dict[str, int]:
     return arguments
 
 
+def index_type(count: int) -> Any:
+    """The type of indices up to `count`, and of a block more: int32 where it is wide enough.
+
+    A division takes several times as long in int64.
+    """
+    return tl.int32 if count < 2**31 - 2**16 else tl.int64
+
+
 def precision(tensor: Tensor) -> str:
     """Precision of float32 products: exact to float32 unless torch's own switch allows TF32.
 

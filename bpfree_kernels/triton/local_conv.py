@@ -15,7 +15,7 @@ elements.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -35,28 +35,7 @@ from bpfree_kernels.triton.optimizers import (
     prepare,
     write,
 )
-
-
-class Layer(NamedTuple):
-    """What a kernel is compiled for: the sizes of a window's row, and where windows lie (`Geometry`).
-
-    As constants they turn the divisions that find a tap into multiplications, and show the compiler
-    which runs of channels are aligned. The kernel's height is no constant: with a known number of
-    steps, ptxas unrolls the whole sum over a window, and spills.
-    """
-
-    kernel_w: int
-    channels: int
-    """Inputs of one group; 1 if there are none, for the divisions."""
-    units: int
-    """Outputs of one group."""
-    stride_h: int
-    stride_w: int
-    pad_top: int
-    pad_left: int
-    dilation_h: int
-    dilation_w: int
-    groups: int
+from bpfree_kernels.triton.windows import Layer, block, fit, position_above
 
 
 @triton.jit
@@ -68,13 +47,6 @@ def _map_offsets(
     if LAST:
         return rows + pixel.to(tl.int64) * CHANNELS + channels[None, :]
     return rows + channels.to(tl.int64)[None, :] * pixels + pixel
-
-
-@triton.jit
-def _block(index, size, BLOCK: tl.constexpr):
-    """Split a program's index: the numbers in its block of `size`, and the index that is left."""
-    blocks = tl.cdiv(size, BLOCK)
-    return index % blocks * BLOCK + tl.arange(0, BLOCK), index // blocks
 
 
 @triton.jit
@@ -106,8 +78,8 @@ def local_forward_kernel(
 ):  # fmt: skip
     """z of some samples and units at one position and, where `y_ptr` says where to, f(z)."""
     outputs: tl.constexpr = LAYER.groups * LAYER.units
-    samples, index = _block(tl.program_id(0), batch, BLOCK_N)
-    members, index = _block(index, LAYER.units, BLOCK_H)
+    samples, index = block(tl.program_id(0), batch, BLOCK_N)
+    members, index = block(index, LAYER.units, BLOCK_H)
     group = index % LAYER.groups
     position = (index // LAYER.groups).to(tl.int64)
     has_unit = members < LAYER.units
@@ -136,18 +108,6 @@ def local_forward_kernel(
         tl.store(y_ptr + offsets, y, mask=mask)
 
 
-@triton.jit
-def _place(tap, pixel, width, rows, columns, LAYER: tl.constexpr):
-    """The position whose window holds a pixel at a tap, and whether there is one."""
-    down = pixel // width + LAYER.pad_top - tap // LAYER.kernel_w * LAYER.dilation_h
-    across = pixel % width + LAYER.pad_left - tap % LAYER.kernel_w * LAYER.dilation_w
-    row = down // LAYER.stride_h
-    column = across // LAYER.stride_w
-    fits = (down >= 0) & (down % LAYER.stride_h == 0) & (row < rows)
-    fits &= (across >= 0) & (across % LAYER.stride_w == 0) & (column < columns)
-    return row.to(tl.int64) * columns + column, fits
-
-
 @triton.jit(do_not_specialize=["batch", "pixels", "width", "rows", "columns", "taps"])
 def local_feedback_kernel(
     signal_ptr, weight_ptr, gate_ptr, change_ptr, slope,
@@ -164,10 +124,12 @@ def local_feedback_kernel(
     outputs: tl.constexpr = LAYER.groups * LAYER.units
     inputs: tl.constexpr = LAYER.groups * LAYER.channels
     blocks_of_tap: tl.constexpr = (LAYER.units + BLOCK_K - 1) // BLOCK_K
-    samples, index = _block(tl.program_id(0), batch, BLOCK_N)
-    members, index = _block(index, LAYER.channels, BLOCK_H)
+    samples, index = block(tl.program_id(0), batch, BLOCK_N)
+    members, index = block(index, LAYER.channels, BLOCK_H)
     group = index % LAYER.groups
     pixel = index // LAYER.groups
+    row = pixel // width
+    column = pixel % width
     has_sample = (samples < batch)[:, None]
     has_channel = (members < LAYER.channels)[None, :]
     signal_rows = signal_ptr + samples.to(tl.int64)[:, None] * outputs * rows * columns
@@ -175,7 +137,7 @@ def local_feedback_kernel(
     change = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     for step in range(taps * blocks_of_tap):  # one loop, so that it fetches ahead across taps
         tap = step // blocks_of_tap
-        position, fits = _place(tap, pixel, width, rows, columns, LAYER)
+        position, fits = position_above(row, column, tap, rows, columns, LAYER)
         of_group = step % blocks_of_tap * BLOCK_K + tl.arange(0, BLOCK_K)
         has_unit = fits & (of_group < LAYER.units)
         units = group * LAYER.units + of_group
@@ -225,7 +187,7 @@ def local_update_kernel(
     """
     outputs: tl.constexpr = LAYER.groups * LAYER.units
     elements = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    members, index = _block(tl.program_id(0), LAYER.units, BLOCK_H)
+    members, index = block(tl.program_id(0), LAYER.units, BLOCK_H)
     group = index % LAYER.groups
     position = (index // LAYER.groups).to(tl.int64)
     has_element = elements < window
@@ -273,22 +235,17 @@ def _new_maps(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
 
 
-def _fit(size: int, most: int = 64) -> int:
-    """The tile side for a size: a power of two, at least 16 for a product."""
-    return min(most, max(16, triton.next_power_of_2(size)))
-
-
 def _product_blocks(maps: Tensor, units: int, depth: int) -> Blocks:
     """Tiles of a forward or feedback pass of some maps that sums over `depth` elements."""
     deepest = 32 if on_matrix_units(maps) else 16
-    return Blocks(_fit(maps.shape[0]), _fit(units), _fit(depth, deepest), 8, 3)
+    return Blocks(fit(maps.shape[0]), fit(units), fit(depth, deepest), 8, 3)
 
 
 def _update_blocks(maps: Tensor, units: int, window: int) -> Blocks:
     """Tiles of an update: small ones, because weights and moments are what it waits for."""
     size, warps, stages = (2048, 8, 2) if on_matrix_units(maps) else (1024, 4, 1)
-    height = _fit(units)
-    return Blocks(_fit(maps.shape[0]), height, _fit(window, size // height), warps, stages)
+    height = fit(units)
+    return Blocks(fit(maps.shape[0]), height, fit(window, size // height), warps, stages)
 
 
 def local_conv_forward(

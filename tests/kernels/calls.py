@@ -85,6 +85,39 @@ def _learning(arguments: Arguments) -> Arguments:
     return {**arguments, "update": rule, "state": state}
 
 
+def _beside(arguments: Arguments) -> Arguments:
+    """A layer that learns, and a weight that learns beside its own."""
+    arguments = _learning(arguments)
+    feedback = torch.randn_like(arguments["weight"])
+    kept = arguments["update"].new_param_state(feedback)
+    return {**arguments, "feedback": feedback, "feedback_state": kept}
+
+
+def _conv() -> Arguments:
+    """Tensors and geometry: 3 × 2 to 2 × 1 maps, 7 to 6 channels."""
+    case = cases.conv_case()
+    place = {name: value for name, value in case.options.items() if name != "scale"}
+    return {**case.tensors, **place}
+
+
+def _error() -> Arguments:
+    z, change = torch.randn(2, 3, 5, 6), torch.randn(2, 3, 2, 3)
+    return {"change": change, "z": z, "pool": bk.MaxPool(2)}
+
+
+def _linear_error() -> Arguments:
+    return {"error": torch.randn(5, 6), "feedback": torch.randn(6, 7), "z": torch.randn(5, 7)}
+
+
+def _conv_error() -> Arguments:
+    arguments = _conv()
+    tensors = {name: arguments.pop(name) for name in ("signal", "x", "weight", "bias")}
+    z, pool = torch.randn(5, 7, 6, 5), bk.MaxPool(2)
+    return {
+        "error": tensors["signal"], "feedback": tensors["weight"], "z": z, "pool": pool, **arguments,
+    }  # fmt: skip
+
+
 def _signal() -> Arguments:
     return {"z": torch.randn(5, 6), **_layer("feedback", "labels")}
 
@@ -107,7 +140,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
     "classifier_step": (bk.classifier_step, lambda: _learning(_classifier())),
     "classifier_grad": (bk.classifier_grad, _classifier),
     "dense_forward": (bk.dense_forward, lambda: _layer("x", "weight", "bias")),
-    "dense_step": (bk.dense_step, lambda: _learning(_dense())),
+    "dense_step": (bk.dense_step, lambda: _beside(_dense())),
     "dense_grad": (bk.dense_grad, _dense),
     "pepita_linear_step": (bk.pepita_linear_step, lambda: _learning(_pepita())),
     "pepita_linear_grad": (bk.pepita_linear_grad, _pepita),
@@ -120,6 +153,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
     "local_conv_feedback": (bk.local_conv_feedback, _local_conv_feedback),
     "local_conv_step": (bk.local_conv_step, _local_conv_step),
     "local_conv_grad": (bk.local_conv_grad, _local_conv_grad),
+    "conv_step": (bk.conv_step, lambda: _beside(_conv())),
+    "conv_grad": (bk.conv_grad, _conv),
+    "ekdaa_error": (bk.ekdaa_error, _error),
+    "ekdaa_linear_error": (bk.ekdaa_linear_error, _linear_error),
+    "ekdaa_conv_error": (bk.ekdaa_conv_error, _conv_error),
     "apply_update": (bk.apply_update, _update),
 }  # fmt: skip
 """Every public function, with arguments that are right for it."""

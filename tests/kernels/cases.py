@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bpfree_kernels as bk
 
-from . import golden, golden_local_conv, golden_pepita, plain
+from . import golden, golden_ekdaa, golden_local_conv, golden_pepita, plain
 from .golden import Array, Rule
 from .layer_case import LayerCase
 
@@ -254,12 +254,37 @@ def local_conv_case(
     )  # fmt: skip
 
 
+def conv_case(
+    shape: tuple[int, int, int, int] = SMALL,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    bias: bool = True,
+    seed: int = 0,
+) -> LayerCase:
+    """A convolution, 3 × 2 to 2 × 1 maps, that learns from a signal at its output units."""
+    batch, inputs, outputs, _ = shape
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "signal": _normal(rng, batch, outputs, 2, 1),
+        "x": _normal(rng, batch, inputs, 3, 2),
+        "weight": _normal(rng, outputs, inputs, 3, 2),
+        "bias": _normal(rng, outputs) if bias else None,
+    }
+    options = {"scale": -0.3, "stride": (2, 1), "padding": (1, 0), "dilation": 1, "groups": 1}
+    return LayerCase(
+        _tensors(arrays, dtype, device), options, bk.conv_step, bk.conv_grad,
+        golden_ekdaa.gradients, plain.conv_gradients,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[..., LayerCase]] = {
     "drtp": drtp_case,
     "classifier": classifier_case,
     "dense": dense_case,
     "pepita": pepita_case,
     "local_conv": local_conv_case,
+    "conv": conv_case,
 }
 """Every family of layers with a ``*_step`` and a ``*_grad`` op."""
 

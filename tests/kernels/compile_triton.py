@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -25,8 +26,18 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bpfree_kernels.activations import ACTIVATIONS
-from bpfree_kernels.geometry import Geometry
-from bpfree_kernels.triton import classifier, dense, drtp, local_conv, pepita, pepita_pool, update
+from bpfree_kernels.geometry import Geometry, Pooling
+from bpfree_kernels.triton import (
+    classifier,
+    conv,
+    dense,
+    drtp,
+    ekdaa,
+    local_conv,
+    pepita,
+    pepita_pool,
+    update,
+)
 from bpfree_kernels.update import UpdateArgs
 
 TARGETS = {
@@ -48,6 +59,12 @@ RULES = (
 
 SAME_SIZE = Geometry(1, 1, 1, 1, 1, 1, 1)
 """Windows of 3 × 3 that keep the size of a map."""
+
+HALVES = Pooling(2, 2, 2, 2, 0, 0, 1, 1)
+"""Windows of a max pooling that do not overlap."""
+
+THIRDS = Pooling(3, 3, 2, 2, 1, 1, 1, 1)
+"""Windows that do."""
 
 
 class _Driver:
@@ -127,6 +144,29 @@ def _local_conv(
     )  # fmt: skip
 
 
+def _ekdaa(
+    batch: int, channels: int, outputs: int, dtype: torch.dtype, rule: UpdateArgs = ADAM,
+    *, pool: Pooling = HALVES, upsample: str = "argmax", activation: str = "tanh",
+    order: torch.memory_format = torch.contiguous_format, place: Geometry = SAME_SIZE,
+) -> None:  # fmt: skip
+    """A convolution of 16 × 16 maps pooled from 32 × 32 and 3 × 3 windows: errors below, and a step."""
+    z = _new(batch, channels, 32, 32, dtype=dtype).to(memory_format=order)
+    x = _new(batch, channels, 16, 16, dtype=dtype).to(memory_format=order)
+    error = _new(batch, outputs, 16, 16, dtype=dtype).to(memory_format=order)
+    weight = _new(outputs, channels // place.groups, 3, 3, dtype=dtype)
+    bias = _new(outputs, dtype=dtype)
+    of_below = (upsample, *pool, activation, 0.5)
+    ekdaa.ekdaa_conv_error(error, weight, z, 0.9, *place, 16, 16, *of_below)
+    ekdaa.ekdaa_error(x, z, 0.9, *of_below)
+    ekdaa.ekdaa_linear_error(
+        _new(batch, outputs, dtype=dtype), _new(outputs, channels, dtype=dtype),
+        _new(batch, channels, dtype=dtype), 0.9, activation, 0.5,
+    )  # fmt: skip
+    conv.conv_step(
+        error, x, weight, bias, weight, 0.5, 0.1, *place, *rule, *_state(rule, weight, bias, weight)
+    )
+
+
 def _every_block(dtype: torch.dtype, odd: int = 0) -> None:
     """Reach every entry of the tables of block sizes, with the heaviest epilogue.
 
@@ -149,8 +189,13 @@ def _every_block(dtype: torch.dtype, odd: int = 0) -> None:
         drtp.drtp_signal(z, feedback, _labels(60), "tanh", 0.0)
     pepita.pepita_difference(z, _new(60, 10, dtype=dtype), feedback, "tanh", 0.0)
     dense.dense_forward(*_layer(100, 784 + odd, 1000 + odd, dtype), "tanh", 0.0)
-    update.apply_update(weight, weight, *ADAM, *_state(ADAM, weight))
+    x, weight, bias = _layer(60, 784 + odd, 100 + odd, dtype)
+    state = _state(ADAM, weight, bias, weight)
+    dense.dense_step(bias.expand(60, -1), x, weight, bias, weight, 0.5, 0.1, *ADAM, *state)
+    update.apply_update(weight, weight, 0.5, 1.0, *ADAM, *_state(ADAM, weight))
     _local_conv(50, 64 + odd, 64 + odd, dtype)
+    for order in (torch.contiguous_format, torch.channels_last):
+        _ekdaa(50, 64 + odd, 64 + odd, dtype, order=order)
 
 
 def _every_way(dtype: torch.dtype, odd: int = 0) -> None:
@@ -173,6 +218,8 @@ def _every_way(dtype: torch.dtype, odd: int = 0) -> None:
                 for order in (torch.contiguous_format, torch.channels_last):
                     _local_conv(batch, channels, outputs, dtype, rule, order=order)
                     _local_conv(batch, channels, outputs, dtype, rule, masked=False, order=order)
+                    _ekdaa(batch, channels, outputs, dtype, rule, order=order)
+                    _ekdaa(batch, channels, outputs, dtype, rule, order=order, pool=THIRDS)
 
 
 def _every_branch(dtype: torch.dtype) -> None:
@@ -181,6 +228,8 @@ def _every_branch(dtype: torch.dtype) -> None:
     for activation in ACTIVATIONS:
         drtp.drtp_signal(z, feedback, _labels(60), activation, 0.5)
         pepita.pepita_difference(z, z, None, activation, 0.5)
+        _ekdaa(1, 4, 2, dtype, activation=activation, place=Geometry(2, 3, 11, 17, 3, 2, 2))
+    _ekdaa(50, 3, 32, dtype, upsample="average", order=torch.channels_last)
     maps = _new(60, 24, 24, 32, dtype=dtype)
     for change in (None, maps):
         pepita_pool.pepita_max_pool(maps, change, 12, 12, 3, 3, 2, 2, 1, 1, 1, 1)
@@ -188,9 +237,10 @@ def _every_branch(dtype: torch.dtype) -> None:
     for rule in RULES:
         state = _state(rule, weight, bias)
         drtp.drtp_linear_step(x, weight, bias, feedback, _labels(60), "tanh", 0.0, *rule, *state)
-        update.apply_update(weight, weight, *rule, *_state(rule, weight))
+        update.apply_update(weight, weight, 0.5, math.inf, *rule, *_state(rule, weight))
+        _ekdaa(50, 3, 32, dtype, rule, pool=THIRDS, upsample="nearest", activation="sign")
     step_on_cpu = torch.zeros(())
-    update.apply_update(weight, weight, *ADAM, weight, weight, step_on_cpu)
+    update.apply_update(weight, weight, 0.5, math.inf, *ADAM, weight, weight, step_on_cpu)
     for accumulate in (False, True):
         grads = weight, bias, accumulate
         drtp.drtp_linear_grad(x, weight, bias, feedback, _labels(60), "relu", 0.0, *grads)
@@ -215,8 +265,10 @@ def _every_branch(dtype: torch.dtype) -> None:
     local_conv.local_conv_forward(x, weight, None, "identity", 0.0, *SAME_SIZE)
     signal = _new(50, 32, 16, 16, dtype=dtype)
     local_conv.local_conv_feedback(signal, weight, None, "identity", 0.0, 16, 16, *SAME_SIZE)
+    kernel = _new(32, 3, 3, 3, dtype=dtype)
     for accumulate in (False, True):
         local_conv.local_conv_grad(signal, x, None, 1.0, *SAME_SIZE, weight, None, accumulate)
+        conv.conv_grad(signal, x, 1.0, *SAME_SIZE, kernel, None, accumulate)
 
 
 WORK: dict[str, Callable[[torch.dtype], None]] = {
@@ -254,8 +306,10 @@ def _resources(kernel: Any, target: GPUTarget) -> dict[str, Any]:
 
 def _narrow_products(kernel: Any) -> list[str]:
     """Products in int32 of anything but a block index and a constant: offsets that can overflow."""
-    products = re.findall(r"arith\.muli .*i32\b", kernel.asm["ttir"])
-    return [line for line in products if not re.search(r"%c\d+_i32", line)]
+    text = kernel.asm["ttir"]
+    constants = set(re.findall(r"(%\S+) = arith\.constant", text))
+    products = re.findall(r"arith\.muli (%[^,]+), (%\S+) : .*i32\b", text)
+    return [" * ".join(factors) for factors in products if not constants & set(factors)]
 
 
 def main(target_name: str, *work: str) -> None:

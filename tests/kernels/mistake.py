@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .calls import Arguments
@@ -31,6 +32,52 @@ class Mistake:
 def replaced(name: str, change: Callable[[Tensor], Any]) -> Callable[[Arguments], Arguments]:
     """The argument `name`, changed."""
     return lambda arguments: {name: change(arguments[name])}
+
+
+def given(name: str, value: Any) -> Callable[[Arguments], Arguments]:
+    """This value for the argument `name`, whatever the others are."""
+    return lambda _: {name: value}
+
+
+def in_memory_of(name: str, other: str) -> Callable[[Arguments], Arguments]:
+    """A tensor that begins where another one that is written begins, both with the values they had."""
+
+    def spoil(arguments: Arguments) -> Arguments:
+        tensors = {key: arguments[key] for key in (name, other)}
+        buffer = torch.zeros(max(t.nbytes for t in tensors.values()), dtype=torch.uint8)
+        return {
+            key: buffer[: t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+            for key, t in tensors.items()
+        }
+
+    return spoil
+
+
+def geometry_mistakes(functions: tuple[str, ...]) -> dict[str, Mistake]:
+    """Stride, padding, dilation and groups of no convolution; the valid calls have stride (2, 1)."""
+    wrong: tuple[tuple[str, Any, type[Exception], tuple[str, ...]], ...] = (
+        ("stride", 0, ValueError, ("at least 1", "0")),
+        ("stride", (1, 2, 1), ValueError, ("(1, 2, 1)",)),
+        ("stride", 1.5, TypeError, ("int", "1.5")),
+        ("stride", None, TypeError, ("int", "None")),
+        ("stride", True, TypeError, ("int", "True")),
+        ("padding", -1, ValueError, ("at least 0", "-1")),
+        ("padding", (1,), ValueError, ("(1,)",)),
+        ("padding", "full", ValueError, ("'same'", "'valid'", "'full'")),
+        ("padding", "same", ValueError, ("stride 1", "(2, 1)")),
+        ("padding", (1, 0.5), TypeError, ("int", "(1, 0.5)")),
+        ("dilation", (1, 0), ValueError, ("at least 1", "(1, 0)")),
+        ("dilation", "2", TypeError, ("int", "'2'")),
+        ("groups", 0, ValueError, ("at least 1", "0")),
+        ("groups", 1.0, TypeError, ("int", "1.0")),
+        ("groups", True, TypeError, ("int", "True")),
+    )
+    return {
+        f"{name}={value!r} of {functions[0]}": Mistake(
+            functions, given(name, value), error, (name, *words)
+        )
+        for name, value, error, words in wrong
+    }
 
 
 def kinds(

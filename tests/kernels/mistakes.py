@@ -13,6 +13,7 @@ import bpfree_kernels as bk
 from .calls import FUNCTIONS, Arguments
 from .cases import SMALL
 from .mistake import Mistake, replaced
+from .mistakes_ekdaa import EKDAA_MISTAKES
 from .mistakes_local_conv import LOCAL_CONV_MISTAKES
 from .mistakes_signals import SIGNAL_MISTAKES
 
@@ -26,15 +27,17 @@ LAYERS = (*DRTP, *CLASSIFIER, "dense_forward")
 """What takes an input called x."""
 STEPS = (
     "drtp_linear_step", "classifier_step", "dense_step", "pepita_linear_step", "local_conv_step",
+    "conv_step",
 )  # fmt: skip
 UPDATES = (*STEPS, "apply_update")
 DENSE_GRADS = ("drtp_linear_grad", "classifier_grad", "dense_grad", "pepita_linear_grad")
-GRADS = (*DENSE_GRADS, "local_conv_grad")
+GRADS = (*DENSE_GRADS, "local_conv_grad", "conv_grad")
 WITH_FEEDBACK = (*DRTP, "drtp_signal")
 WITH_LABELS = (*DRTP, *CLASSIFIER, "drtp_signal")
 WITH_ACTIVATION = (
     *WITH_FEEDBACK, "dense_forward", "pepita_linear_step", "pepita_linear_grad",
     "pepita_difference", "local_conv_forward", "local_conv_feedback",
+    "ekdaa_error", "ekdaa_linear_error", "ekdaa_conv_error",
 )  # fmt: skip
 
 
@@ -70,6 +73,7 @@ def _wild(value: int) -> Callable[[Tensor], Tensor]:
 MISTAKES = {
     **SIGNAL_MISTAKES,
     **LOCAL_CONV_MISTAKES,
+    **EKDAA_MISTAKES,
     "no classes": Mistake(
         CLASSIFIER,
         lambda a: {"weight": a["weight"][:0], "bias": None, "state": None}

@@ -14,7 +14,7 @@ from torch import Tensor
 import bpfree_kernels as bk
 
 from .calls import Arguments
-from .mistake import Mistake, kinds, replaced
+from .mistake import Mistake, geometry_mistakes, given, in_memory_of, kinds, replaced
 
 WITH_X = ("local_conv", "local_conv_forward", "local_conv_step", "local_conv_grad")
 WITH_SIGNAL = ("local_conv_feedback", "local_conv_step", "local_conv_grad")
@@ -25,46 +25,27 @@ MASKED = (
 )  # fmt: skip
 
 
-def _given(name: str, value: Any) -> Callable[[Arguments], Arguments]:
-    return lambda _: {name: value}
-
-
-def _option(
-    name: str, value: Any, error: type[Exception], *words: str, functions: tuple[str, ...] = ALL
-) -> dict[str, Mistake]:
-    return {f"{name}={value!r}": Mistake(functions, _given(name, value), error, (name, *words))}
+def _size(value: Any, error: type[Exception], *words: str) -> dict[str, Mistake]:
+    wrong = Mistake(FEEDBACK, given("input_size", value), error, ("input_size", *words))
+    return {f"input_size={value!r}": wrong}
 
 
 GEOMETRY: dict[str, Mistake] = {
-    **_option("stride", 0, ValueError, "at least 1", "0"),
-    **_option("stride", (1, 2, 1), ValueError, "(1, 2, 1)"),
-    **_option("stride", 1.5, TypeError, "int", "1.5"),
-    **_option("stride", None, TypeError, "int", "None"),
-    **_option("stride", True, TypeError, "int", "True"),
-    **_option("padding", -1, ValueError, "at least 0", "-1"),
-    **_option("padding", (1,), ValueError, "(1,)"),
-    **_option("padding", "full", ValueError, "'same'", "'valid'", "'full'"),
-    **_option("padding", "same", ValueError, "stride 1", "(2, 1)"),
-    **_option("padding", (1, 0.5), TypeError, "int", "(1, 0.5)"),
-    **_option("dilation", (1, 0), ValueError, "at least 1", "(1, 0)"),
-    **_option("dilation", "2", TypeError, "int", "'2'"),
-    **_option("groups", 0, ValueError, "at least 1", "0"),
-    **_option("groups", 1.0, TypeError, "int", "1.0"),
-    **_option("groups", True, TypeError, "int", "True"),
+    **geometry_mistakes(ALL),
     "groups that do not divide the outputs": Mistake(
-        ALL, _given("groups", 4), ValueError, ("weight", "4", "groups", "got 6")
+        ALL, given("groups", 4), ValueError, ("weight", "4", "groups", "got 6")
     ),
     "groups of other channels": Mistake(
-        WITH_X, _given("groups", 2), ValueError, ("x", "14 channels", "2 groups", "got 7")
+        WITH_X, given("groups", 2), ValueError, ("x", "14 channels", "2 groups", "got 7")
     ),
     "groups of another gate": Mistake(
-        FEEDBACK, _given("groups", 2), ValueError, ("gate", "(5, 14, 3, 2)", "(5, 7, 3, 2)")
+        FEEDBACK, given("groups", 2), ValueError, ("gate", "(5, 14, 3, 2)", "(5, 7, 3, 2)")
     ),
     "padding that gives other positions": Mistake(
-        ALL, _given("padding", (1, 1)), ValueError, ("weight", "2 x 1", "3 x 2", "2 x 3")
+        ALL, given("padding", (1, 1)), ValueError, ("weight", "2 x 1", "3 x 2", "2 x 3")
     ),
     "a window larger than the map": Mistake(
-        ALL, _given("dilation", (1, 2)), ValueError, ("(3, 2)", "smaller", "(2, 2)", "(1, 2)")
+        ALL, given("dilation", (1, 2)), ValueError, ("(3, 2)", "smaller", "(2, 2)", "(1, 2)")
     ),
     "a window of nothing": Mistake(
         ALL, lambda a: {"weight": a["weight"][:, :, :0]}, ValueError, ("kernel", "0 x 2")
@@ -74,11 +55,11 @@ GEOMETRY: dict[str, Mistake] = {
         ("weight", "2 x 1", "1 x 2", "1 x 1"),
     ),
     "input_size of another map": Mistake(
-        FEEDBACK, _given("input_size", (3, 4)), ValueError, ("weight", "2 x 1", "3 x 4", "2 x 3")
+        FEEDBACK, given("input_size", (3, 4)), ValueError, ("weight", "2 x 1", "3 x 4", "2 x 3")
     ),
-    **_option("input_size", (3,), ValueError, "(3,)", functions=FEEDBACK),
-    **_option("input_size", (-3, 2), ValueError, "(-3, 2)", functions=FEEDBACK),
-    **_option("input_size", (3.0, 2), TypeError, "int", "(3.0, 2)", functions=FEEDBACK),
+    **_size((3,), ValueError, "(3,)"),
+    **_size((-3, 2), ValueError, "(-3, 2)"),
+    **_size((3.0, 2), TypeError, "int", "(3.0, 2)"),
 }  # fmt: skip
 
 
@@ -90,7 +71,7 @@ def _mask_mistakes(name: str, functions: tuple[str, ...]) -> dict[str, Mistake]:
         f"{name} of bytes": Mistake(
             functions, replaced(name, Tensor.byte), TypeError, (name, "bool", "uint8")
         ),
-        f"{name} is True": Mistake(functions, _given(name, True), TypeError, (name, "bool")),
+        f"{name} is True": Mistake(functions, given(name, True), TypeError, (name, "bool")),
         f"{name} of one position": Mistake(
             functions, lambda a: {name: a[name][:1, :1]}, ValueError,
             (name, "(2, 1, 2, 2, 7, 6)", "(1, 1, 2, 2, 7, 6)"),
@@ -104,24 +85,10 @@ def _mask_mistakes(name: str, functions: tuple[str, ...]) -> dict[str, Mistake]:
     }  # fmt: skip
 
 
-def _in_memory_of(name: str, other: str) -> Callable[[Arguments], Arguments]:
-    """A tensor that begins where another one that is written begins, both with the values they had."""
-
-    def spoil(arguments: Arguments) -> Arguments:
-        tensors = {key: arguments[key] for key in (name, other)}
-        buffer = torch.zeros(max(t.nbytes for t in tensors.values()), dtype=torch.uint8)
-        return {
-            key: buffer[: t.nbytes].view(t.dtype).view(t.shape).copy_(t)
-            for key, t in tensors.items()
-        }
-
-    return spoil
-
-
 def _sharing() -> dict[str, Mistake]:
     found = {
         f"{name} inside {other}": Mistake(
-            STEP, _in_memory_of(name, other), ValueError, (name, other, "share memory")
+            STEP, in_memory_of(name, other), ValueError, (name, other, "share memory")
         )
         for other in ("weight", "feedback")
         for name in ("signal", "x", "weight_mask", "feedback_mask", "bias")
@@ -129,7 +96,7 @@ def _sharing() -> dict[str, Mistake]:
     for name in ("signal", "x", "weight", "bias", "mask"):
         found[f"grad_weight in the memory of {name}"] = Mistake(
             GRAD,
-            lambda a, name=name: _in_memory_of(name, "grad_weight")(
+            lambda a, name=name: in_memory_of(name, "grad_weight")(
                 {**a, "grad_weight": torch.zeros_like(a["weight"])}
             ),
             ValueError, (name, "grad_weight", "share memory"),
@@ -174,7 +141,7 @@ LEARNING_FEEDBACK: dict[str, Mistake] = {
         ("feedback_state", "feedback", "None"),
     ),
     "feedback without state": Mistake(
-        STEP, _given("feedback_state", None), ValueError, ("feedback_state.m", "missing", "Adam")
+        STEP, given("feedback_state", None), ValueError, ("feedback_state.m", "missing", "Adam")
     ),
     "state of a layer for feedback": Mistake(
         STEP, lambda a: {"feedback_state": a["state"]}, TypeError, ("ParamState", "LayerState")
@@ -259,11 +226,11 @@ LOCAL_CONV_MISTAKES: dict[str, Mistake] = {
         ("x", "at least one", "(0, 7, 3, 2)"),
     ),
     "grad_weight of another layer": Mistake(
-        GRAD, _given("grad_weight", torch.zeros(2, 1, 2, 2, 6, 7)), ValueError,
+        GRAD, given("grad_weight", torch.zeros(2, 1, 2, 2, 6, 7)), ValueError,
         ("grad_weight", "(2, 1, 2, 2, 7, 6)", "(2, 1, 2, 2, 6, 7)"),
     ),
     "grad_bias of another layer": Mistake(
-        GRAD, _given("grad_bias", torch.zeros(6)), ValueError, ("grad_bias", "(2, 1, 6)", "(6,)")
+        GRAD, given("grad_bias", torch.zeros(6)), ValueError, ("grad_bias", "(2, 1, 6)", "(6,)")
     ),
     **{name: entry for of_mask in MASKED for name, entry in _mask_mistakes(*of_mask).items()},
     **GEOMETRY,

@@ -141,6 +141,22 @@ def local_conv_gradients(
     return Gradients(*_gradients(local_conv(x, *leaves, *place), leaves, scale * signal))
 
 
+def conv_gradients(
+    signal: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *place: Any
+) -> Gradients:
+    """Gradients of a convolution by autograd, from the gradient at its output units."""
+    leaves = _leaves(weight, bias)
+    if x.shape[1] == 0:  # which torch does not convolve: the bias alone
+        return Gradients(torch.zeros_like(weight), (scale * signal).sum((0, 2, 3)))
+    return Gradients(*_gradients(F.conv2d(x, *leaves, *place), leaves, scale * signal))
+
+
+def carried_down(error: Tensor, kernel: Tensor, below: Tensor, *place: Any) -> Tensor:
+    """What autograd carries down a convolution to an input like `below`, from its output's gradient."""
+    x = torch.zeros_like(below, requires_grad=True)
+    return _gradients(F.conv2d(x, kernel, None, *place), (x,), error)[0]
+
+
 def difference(z: Tensor, change: Tensor, activation: str, slope: float) -> Tensor:
     """f(z + Δz) − f(z), subtracted in float64: what an exact function of rounded arguments gives."""
     after = activate(z.double() + change.double(), activation, slope)

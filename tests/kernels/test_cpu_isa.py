@@ -18,6 +18,7 @@ FILES = (
     "test_hinge.py",
     "test_activations.py",
     "test_update.py",
+    "test_update_norm.py",
     "test_layer.py",
     "test_dense.py",
     "test_pepita.py",
@@ -26,6 +27,10 @@ FILES = (
     "test_pepita_pool.py",
     "test_local_conv.py",
     "test_local_conv_feedback.py",
+    "test_conv.py",
+    "test_ekdaa.py",
+    "test_ekdaa_winners.py",
+    "test_ekdaa_learning.py",
 )
 
 SCRIPT = """

@@ -44,7 +44,7 @@ def everything(
 
 
 def elementwise(target: Target, dtype: torch.dtype) -> list[Tensor]:
-    """The signal of a map, its change, an update of a parameter, and forward passes."""
+    """The signal of a map, its change and error, an update of a parameter, and forward passes."""
     backend, device = target
     generator = torch.Generator().manual_seed(0)
     z, feedback, param = (
@@ -60,10 +60,26 @@ def elementwise(target: Target, dtype: torch.dtype) -> list[Tensor]:
     results.append(
         bk.pepita_difference(z, z[:, :2] / 8, basis=feedback, activation="tanh", backend=backend)
     )
-    bk.apply_update(param, param.cos(), bk.SGD(0.1), backend=backend)
+    results += errors(maps, param, backend)
+    bk.apply_update(param, param.cos(), bk.SGD(0.1), scale=0.5, max_norm=1.0, backend=backend)
     results += bk.dense_forward(param, param * 2, param[:, 0], backend=backend)
     results += bk.classifier_forward(param[:3], param, None, labels, backend=backend)
     return [*results, param]
+
+
+def errors(maps: Tensor, matrix: Tensor, backend: str) -> list[Tensor]:
+    """EKDAA's errors of maps below poolings, and of units below a dense layer."""
+    found = []
+    kernel = matrix[:4, :54].view(4, 6, 3, 3)
+    for pool in (bk.MaxPool(2), bk.MaxPool(3, 2, 1)):
+        entered = maps.cos()[:, :, :5, :5]
+        found.append(bk.ekdaa_error(entered, maps, pool=pool, backend=backend))
+        above = maps.sin()[:, :4, :5, :5]
+        found.append(
+            bk.ekdaa_conv_error(above, kernel, maps, padding=1, pool=pool, backend=backend)
+        )
+    found.append(bk.ekdaa_linear_error(matrix[:, :4], matrix[:4], matrix, backend=backend))
+    return found
 
 
 def same_bits(results: list[Tensor], others: list[Tensor]) -> bool:

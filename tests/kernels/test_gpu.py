@@ -5,6 +5,7 @@ Skipped where there is none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,7 +99,15 @@ def _calls(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[tup
     update = [*rule.args(), grads[0], None, None, grads[1], None, None]
     labels = torch.arange(batch, device="cuda") % outputs
     yield "dense_forward", [x, weight, bias, "tanh", 0.0]
-    yield "dense_step", [z, x, weight, bias, 1 / batch, *update]
+    beside = [normal(outputs, inputs), normal(outputs, inputs, scale=0.1)]
+    yield "dense_step", [z, x, weight, bias, None, 1 / batch, 1.0, *update, None, None, None]
+    feedback_state = [beside[1], None, None]
+    yield (
+        "dense_step", [z, x, weight, bias, beside[0], 1 / batch, 0.1, *update, *feedback_state]
+    )  # fmt: skip
+    for most in (math.inf, 1.0):
+        yield "apply_update", [weight, beside[0], 0.5, most, *rule.args(), beside[1], None, None]
+    yield "ekdaa_linear_error", [z, weight, x, 0.9, "tanh", 0.0]
     yield "dense_grad", [z, x, 1 / batch, *grads]
     yield "classifier_forward", [x, weight, bias, labels, "ce", 0.0, 0.0]
     error, feedback = normal(batch, classes), normal(classes, inputs, scale=0.1)

@@ -1,7 +1,7 @@
 """What every family of layers has in common: in-place steps, gradients, layouts, odd sizes.
 
-The families' own formulas are in `test_drtp`, `test_classifier`, `test_dense`, `test_pepita` and
-`test_local_conv`.
+The families' own formulas are in `test_drtp`, `test_classifier`, `test_dense`, `test_pepita`,
+`test_local_conv` and `test_conv`.
 """
 
 from __future__ import annotations

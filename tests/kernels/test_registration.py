@@ -16,6 +16,8 @@ from bpfree_kernels import backends
 
 from . import cases
 from .cases import FAMILIES, LayerCase, classifier_case, dense_case, drtp_case, pepita_case
+from .samples_ekdaa import CONV, EKDAA
+from .samples_elementwise import ELEMENTWISE
 from .samples_local_conv import DIFFERENTIABLE, LOCAL_CONV
 
 pytestmark = [
@@ -49,10 +51,18 @@ def _arguments(op: Any, case: LayerCase, named: dict[str, Any]) -> tuple[Any, ..
     return tuple(given[argument.name] for argument in op.default._schema.arguments)
 
 
-def step_arguments(op: Any, case: LayerCase, rule: bk.SGD | bk.Adam) -> tuple[Any, ...]:
-    """What a ``*_step`` op gets."""
+def step_arguments(
+    op: Any, case: LayerCase, rule: bk.SGD | bk.Adam, *, beside: bool = False
+) -> tuple[Any, ...]:
+    """What a ``*_step`` op gets; with a weight that learns `beside` the layer's own, if it takes one."""
     named = dict(zip(UPDATE, rule.args(), strict=True))
-    for name, state in vars(rule.new_state(case.weight, case.bias)).items():
+    states = vars(rule.new_state(case.weight, case.bias))
+    if case.step_op is bk.dense_step:
+        feedback = 2 * case.weight if beside else None
+        kept = rule.new_param_state(feedback) if beside else bk.ParamState()
+        states |= {"feedback": kept}
+        named |= {"feedback": feedback, "feedback_scale": 0.5}
+    for name, state in states.items():
         named |= {f"{name}_{field}": tensor for field, tensor in vars(state).items()}
     return _arguments(op, case, named)
 
@@ -71,15 +81,11 @@ def _layer_samples(family: Callable[..., LayerCase], name: str) -> list[tuple[An
     rate = torch.tensor(0.1)
     return [
         step_arguments(op, family(), bk.SGD(0.1)),
-        step_arguments(op, family(bias=False), bk.SGD(rate, momentum=0.9, nesterov=True)),
-        step_arguments(op, family(dtype=torch.float64), bk.AdamW(rate)),
+        step_arguments(
+            op, family(bias=False), bk.SGD(rate, momentum=0.9, nesterov=True), beside=True
+        ),
+        step_arguments(op, family(dtype=torch.float64), bk.AdamW(rate), beside=True),
     ]
-
-
-def _max_pool_samples() -> list[tuple[Any, ...]]:
-    y = torch.randn(2, 5, 6, 3)
-    place = (3, 3, 2, 2, 2, 2, 1, 0, 1, 1)
-    return [(y, None, *place), (y.double(), y.double().cos(), *place)]
 
 
 def _pepita_samples(name: str) -> list[tuple[Any, ...]]:
@@ -107,30 +113,7 @@ def _classifier_samples() -> list[tuple[Any, ...]]:
     ]
 
 
-def _difference_samples() -> list[tuple[Any, ...]]:
-    z, basis = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 4, 4)
-    error = torch.randn(2, 5)
-    return [(z, error, basis, "relu", 0.0), (z, basis[:2], None, "leaky_relu", 0.5)]
-
-
-def _signal_samples() -> list[tuple[Any, ...]]:
-    z, feedback = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 4, 4)
-    labels = torch.tensor([4, 0])
-    return [(z, feedback, labels, "tanh", 0.0), (z, feedback, labels.int(), "hardtanh", 0.5)]
-
-
-def _update_samples() -> list[tuple[Any, ...]]:
-    param, grad = torch.randn(3, 4), torch.randn(3, 4)
-    samples = []
-    for rule in (bk.SGD(0.1), bk.SGD(0.1, momentum=0.9), bk.Adam(torch.tensor(0.1))):
-        state = rule.new_param_state(param)
-        samples.append((param.clone(), grad, *rule.args(), state.m, state.v, state.step))
-    return samples
-
-
 SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
-    "apply_update": _update_samples,
-    "drtp_signal": _signal_samples,
     "drtp_linear_step": lambda: _layer_samples(drtp_case, "drtp_linear_step"),
     "drtp_linear_grad": lambda: _layer_samples(drtp_case, "drtp_linear_grad"),
     "classifier_forward": _classifier_samples,
@@ -141,10 +124,10 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "dense_grad": lambda: _layer_samples(dense_case, "dense_grad"),
     "pepita_linear_step": lambda: _pepita_samples("pepita_linear_step"),
     "pepita_linear_grad": lambda: _pepita_samples("pepita_linear_grad"),
-    "pepita_difference": _difference_samples,
-    "pepita_difference_": _difference_samples,
-    "pepita_max_pool": _max_pool_samples,
+    **ELEMENTWISE,
     **LOCAL_CONV,
+    **CONV,
+    **EKDAA,
     **DIFFERENTIABLE,
 }
 """Arguments for each registered op. An op that is missing here fails `test_every_op_is_tested`."""

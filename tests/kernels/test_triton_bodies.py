@@ -117,7 +117,9 @@ def test_rules_are_those_of_torch_optim(rule: UpdateRule) -> None:
         gradient = random(1500, seed=count)
         exact.grad = gradient.double()
         optimizer.step()
-        update.apply_update(param, gradient, *rule.args(), state.m, state.v, state.step)
+        update.apply_update(
+            param, gradient, 1.0, math.inf, *rule.args(), state.m, state.v, state.step
+        )
         if state.step is not None:
             state.step += 1
     assert error(param, exact.detach()) < 3e-7
@@ -140,8 +142,8 @@ def test_scalars_on_the_device_equal_numbers(rule: UpdateRule) -> None:
             target = optimizers.make_target(param, m, v, step)
         assert (kernel_rule.lr_ptr is not None) == (target.step_ptr is not None) == on_device
         launch.launch(
-            update.apply_kernel, (1,), gradient, target, kernel_rule, on=param,
-            **launch.sizes(size=300), EPILOGUE=epilogue, BLOCK=update.BLOCK,
+            update.apply_kernel, (1,), gradient, None, target, kernel_rule, 1.0, math.inf, on=param,
+            **launch.sizes(size=300), count=0, EPILOGUE=epilogue, BLOCK=update.BLOCK, SUMS=1,
         )  # fmt: skip
         results.append((param, m, v))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
@@ -351,7 +353,7 @@ def test_an_empty_batch_has_empty_outputs() -> None:
 def test_float64_is_refused() -> None:
     x = random(2, 3, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        update.apply_update(x, x.clone(), *SGD(0.1).args(), None, None, None)
+        update.apply_update(x, x.clone(), 1.0, math.inf, *SGD(0.1).args(), None, None, None)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ DOT_KERNELS = {
     "step_kernel", "forward_kernel", "update_kernel", "few_classes_kernel", "linear_kernel",
     "change_and_learn_kernel", "change_kernel", "difference_kernel",
     "local_forward_kernel", "local_feedback_kernel", "local_update_kernel",
+    "conv_error_kernel", "conv_gradient_kernel",
 }  # fmt: skip
 
 Launch = dict[str, Any]

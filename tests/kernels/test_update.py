@@ -1,4 +1,7 @@
-"""Update rules on one parameter: torch.optim's results, for any shape, memory layout and dtype."""
+"""Update rules on one parameter: torch.optim's results, for any shape, memory layout and dtype.
+
+Gradients cut to a length are in `test_update_norm`.
+"""
 
 from __future__ import annotations
 
@@ -222,6 +225,21 @@ def test_not_a_number_in_the_gradient(target: Target) -> None:
         apply_all(param, [grad], cases.library_rule(RULES[rule]), backend)
         assert torch.isnan(param[2, 3])
         assert torch.isnan(param).sum() == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.25, 3.0, 0.0])
+@pytest.mark.parametrize("rule", RULES)
+def test_scales(rule: str, scale: float, target: Target, dtype: torch.dtype) -> None:
+    """A factor of the gradient, not of what the rule makes of it: decay is not scaled."""
+    backend, device = target
+    param, grads = draw((3, 7), dtype, device)
+    start, update = param.clone(), cases.library_rule(RULES[rule])
+    state = update.new_param_state(param)
+    for grad in grads:
+        bk.apply_update(param, grad, update, state, scale=scale, backend=backend)
+    scaled = [scale * grad for grad in grads]
+    exact = golden.update(RULES[rule], to_numpy(start), [scale * to_numpy(g) for g in grads])
+    check("param", param, exact.param, plain.update(RULES[rule], start, scaled)[0])
 
 
 Mutation = Callable[[golden.Array, list[golden.Array]], golden.Array]
