@@ -1,20 +1,12 @@
-"""A convolution's forward, feedback and gradients without autograd, for rules with their own signal."""
+"""A convolution's forward and feedback without autograd, for rules with their own signal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from bpfree.stages import Stage
-
-
-def convolutions(stages: Iterable[Stage]) -> dict[str, Convolution]:
-    """The convolutions among some stages, by the name of their layer."""
-    return {s.name: Convolution(s.layer) for s in stages if isinstance(s.layer, nn.Conv2d)}
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:
@@ -43,8 +35,7 @@ class Convolution:
     """The arguments of a `torch.nn.Conv2d`, read once.
 
     ``padding="same"`` with an even kernel pads one more on the right and below. torch's convolution
-    takes symmetric padding only, so that one is added to the input beforehand, for the forward and
-    the gradient alike.
+    takes symmetric padding only, so that one is added to the input beforehand.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -62,7 +53,7 @@ class Convolution:
             self._padding = _pair(layer.padding)
 
     def pad(self, x: Tensor) -> Tensor:
-        """The input as `forward` and `gradients` want it, [batch, channels, height, width]."""
+        """The input as `forward` wants it, [batch, channels, height, width]."""
         below, right = self._extra
         return F.pad(x, (0, right, 0, below)) if below or right else x
 
@@ -98,33 +89,3 @@ class Convolution:
         )[0]  # fmt: skip
         below, right = self._extra
         return cast(Tensor, of_x[:, :, : x.shape[2] - below, : x.shape[3] - right])
-
-    def gradients(
-        self, x: Tensor, signal: Tensor, *, weight: bool, bias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias, summed over batch and space.
-
-        Args:
-            x: padded input (`pad`), [batch, channels, height, width].
-            signal: gradient at z, [batch, out, out_height, out_width].
-            weight: whether the weight's gradient is wanted.
-            bias: whether the bias's gradient is wanted.
-        """
-        layer = self._layer
-        _, of_weight, of_bias = torch.ops.aten.convolution_backward(
-            signal,
-            x,
-            layer.weight,
-            [layer.out_channels] if bias else None,
-            layer.stride,
-            self._padding,
-            self._dilation,
-            False,
-            [0, 0],
-            layer.groups,
-            [False, weight, bias],
-        )
-        if of_weight is not None and of_weight.stride() != layer.weight.stride():
-            # torch's fused optimizers take a gradient element by element, as its parameter lies.
-            of_weight = torch.empty_like(layer.weight).copy_(of_weight)
-        return cast(tuple[Tensor | None, Tensor | None], (of_weight, of_bias))

@@ -18,7 +18,7 @@ BATCH, WIDTH = 64, 16
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that ops have returned and that are still alive."""
+    """Counts the bytes of the tensors that ops have made and that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,9 +27,16 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        given = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_leaves((args, kwargs))
+            if isinstance(tensor, torch.Tensor)
+        }
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
+                if storage._cdata in given:  # a view is nothing new
+                    continue
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self._alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))

@@ -196,11 +196,11 @@ def test_batches_of_every_size_and_labels_of_both_kinds() -> None:
 
 
 def test_frozen_convolutions_cost_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpfree.convolution import Convolution
+    from bpfree.rules._products import ConvolutionProducts
 
     model = conv()
     model[0].requires_grad_(False)
-    monkeypatch.setattr(Convolution, "gradients", None)
+    monkeypatch.setattr(ConvolutionProducts, "gradients", None)
     learner = bpfree.PEPITA(model, torch.optim.SGD(model.parameters(), lr=0.1))
     learner.step(*conv_batch())
 
@@ -268,7 +268,7 @@ def test_explain_names_the_path_of_every_layer() -> None:
     model = conv()
     text = bpfree.PEPITA(model, torch.optim.SGD(model.parameters(), lr=0.1)).explain().splitlines()
     assert "PEPITA, loss ce" in text[0]
-    assert text[1].endswith("(torch computes the gradient)")
+    assert text[1].endswith("(a convolution's is a sum of two)")
     assert text[3].endswith("fused with SGD")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 import bpfree_kernels as kernels
-from bpfree.convolution import by_place, channels_last
+from bpfree.convolution import by_place
 from bpfree.optimizers import Updates
 from bpfree.rules._passes import Kept, Modulation
 
@@ -39,11 +39,11 @@ def change_convolution(learner: PEPITA, kept: Kept, by: Modulation, updates: Upd
     stage, convolution = kept.stage, learner.convolutions[kept.stage.name]
     images = None
     if by.feedback is not None and by.change.shape[0] > by.change.shape[1]:
-        images = channels_last(by.feedback.t().view(-1, *kept.x.shape[1:]))
-        change, basis = by.change, convolution.linear(convolution.pad(images))
+        images = convolution.enter(by.feedback.t().view(-1, *kept.x.shape[1:]))
+        change, basis = by.change, convolution.linear(images)
     else:
         by = by.written_out(kept.x)
-        change, basis = convolution.linear(convolution.pad(by.change)), None
+        change, basis = convolution.linear(convolution.enter(by.change)), None
     # Without an activation, z is the stage's output as well, which is still needed.
     in_place = stage.activation != "identity"
     changed = kernels.pepita_difference(
@@ -74,28 +74,16 @@ def _learn(
     layer, convolution = kept.stage.layer, learner.convolutions[kept.stage.name]
     modulated = learner.presynaptic == "modulated"
     pre = by.of(kept.x) if modulated and images is None else kept.x
-    of_weight, of_bias = convolution.gradients(
-        convolution.pad(pre),
-        changed,
-        weight=updates.wants(layer.weight),
-        bias=layer.bias is not None and updates.wants(layer.bias),
-    )
-    if of_weight is not None and modulated and images is not None and basis is not None:
+    positions = changed.shape[2] * changed.shape[3]
+    divisor = {"mean": positions, "sqrt": math.sqrt(positions), "sum": 1}[learner.space]
+    scale = -1 / (changed.shape[0] * divisor)
+    of_weight, of_bias = convolution.gradients(changed, pre, scale)
+    if modulated and images is not None and basis is not None:
         # Σ_n e_nc Δy_n; in the order of memory, so that nothing is copied
         mixed, _ = kernels.dense_grad(
             by.change, by_place(changed).flatten(1), by_place(basis).flatten(1), None,
             backend=learner.backend,
         )  # fmt: skip
         mixed = mixed.view(-1, *changed.shape[2:], changed.shape[1]).permute(0, 3, 1, 2)
-        of_images, _ = convolution.gradients(
-            convolution.pad(images), mixed, weight=True, bias=False
-        )
-        of_weight = of_weight if of_images is None else of_weight + of_images
-    positions = changed.shape[2] * changed.shape[3]
-    divisor = {"mean": positions, "sqrt": math.sqrt(positions), "sum": 1}[learner.space]
-    scale = -1 / (changed.shape[0] * divisor)
-    updates.deliver_layer(
-        layer,
-        None if of_weight is None else of_weight * scale,
-        None if of_bias is None else of_bias * scale,
-    )
+        convolution.gradients(mixed, images, scale, add_to=of_weight)
+    updates.deliver_layer(layer, of_weight, of_bias)

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypedDict, cast
 
 import torch
@@ -78,13 +78,25 @@ class Products(ABC):
             Signal at the input before `enter`.
         """
 
-    def gradients(self, signal: Tensor, x: Tensor, scale: float) -> Gradients:
-        """Gradients of weight and bias, for an input (`enter`)."""
+    def gradients(
+        self, signal: Tensor, x: Tensor, scale: float, *, add_to: Tensor | None = None
+    ) -> Gradients:
+        """Gradients of weight and bias, for an input (`enter`).
+
+        Args:
+            signal: δ, shaped like z.
+            x: input (`enter`).
+            scale: factor of the gradients.
+            add_to: gradient of the weight that this one is added to; the bias then has none.
+        """
         layer = self.stage.layer
-        # torch's fused optimizers take a gradient element by element, as its parameter lies.
-        lies_alike = torch.empty_like(layer.weight)
+        if add_to is not None:
+            bias, to, adds = None, add_to, True
+        else:
+            # torch's fused optimizers take a gradient element by element, as its parameter lies.
+            bias, to, adds = layer.bias, torch.empty_like(layer.weight), False
         return type(self).grad_op(
-            signal, x, layer.weight, layer.bias, scale=scale, grad_weight=lies_alike,
+            signal, x, layer.weight, bias, scale=scale, grad_weight=to, accumulate=adds,
             **self._place, backend=self.backend,
         )  # fmt: skip
 
@@ -128,8 +140,8 @@ class _Dense(Products):
         return signal @ weight
 
 
-class _Shared(Products):
-    """A convolution: forward and feedback are torch's own."""
+class ConvolutionProducts(Products):
+    """Of a convolution, whose forward and feedback are torch's own."""
 
     grad_op = kernels.conv_grad
     step_op = kernels.conv_step
@@ -142,8 +154,16 @@ class _Shared(Products):
         return channels_last(x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self._convolution.forward(self._convolution.pad(x))
+        z = self.field(x)
         return z, self.stage.activate(z)
+
+    def field(self, x: Tensor) -> Tensor:
+        """z of an input (`enter`)."""
+        return self._convolution.forward(self._convolution.pad(x))
+
+    def linear(self, x: Tensor) -> Tensor:
+        """W ∗ x without the bias, how z changes if the input (`enter`) does by x."""
+        return self._convolution.linear(self._convolution.pad(x))
 
     def feedback(self, signal: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         return self._convolution.feedback(signal, weight, self._convolution.pad(x))
@@ -174,7 +194,14 @@ class _Untied(Products):
 def products(stage: Stage, backend: str | None) -> Products:
     """The products of a stage's layer."""
     if isinstance(stage.layer, nn.Conv2d):
-        return _Shared(stage, backend)
+        return ConvolutionProducts(stage, backend)
     if isinstance(stage.layer, LocallyConnected2d):
         return _Untied(stage, backend)
     return _Dense(stage, backend)
+
+
+def convolutions(stages: Iterable[Stage], backend: str | None) -> dict[str, ConvolutionProducts]:
+    """The products of the convolutions among some stages, by the name of their layer."""
+    return {
+        s.name: ConvolutionProducts(s, backend) for s in stages if isinstance(s.layer, nn.Conv2d)
+    }

@@ -152,8 +152,7 @@ class Learner(ABC):
 
     def _explain_stage(self, stage: Stage) -> str:
         """How one layer learns."""
-        dense = isinstance(stage.layer, nn.Linear)
-        return self._explain_updates(stage, apart="" if dense else "torch computes the gradient")
+        return self._explain_updates(stage, apart="")
 
     # Learning
 

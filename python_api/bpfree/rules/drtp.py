@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import bpfree_kernels as kernels
 from bpfree import feedback as random_feedback
-from bpfree.convolution import convolutions
 from bpfree.losses import Loss
 from bpfree.optimizers import Updates
 from bpfree.results import StepResult
 from bpfree.rules._output import learn_output
+from bpfree.rules._products import convolutions
 from bpfree.rules.base import Learner
 from bpfree.stages import Stage
 
@@ -60,7 +60,7 @@ class DRTP(Learner):
                 does not fit, and for a sample that the model cannot take.
         """
         super().__init__(model, optimizer, loss=loss, seed=seed, backend=backend)
-        self._convolutions = convolutions(self.network.hidden)
+        self._convolutions = convolutions(self.network.hidden, backend)
         if feedback is not None:
             self.check_feedback(feedback)
             self.take_feedback(feedback)
@@ -111,7 +111,9 @@ class DRTP(Learner):
         """Output f(z) of a hidden layer, which learns on the way."""
         layer = stage.layer
         weight, bias = layer.weight, layer.bias
-        fused = updates.fused(weight, bias) if isinstance(layer, nn.Linear) else None
+        if isinstance(layer, nn.Conv2d):
+            return self._learn_convolution(stage, x, y, updates)
+        fused = updates.fused(weight, bias)
         feedback = self.feedback[stage.name]
         if fused is not None:
             return kernels.drtp_linear_step(
@@ -120,8 +122,6 @@ class DRTP(Learner):
             )  # fmt: skip
         if not updates.wants_any(layer):
             return stage.forward(x)
-        if isinstance(layer, nn.Conv2d):
-            return self._learn_convolution(stage, x, y, updates)
         output, of_weight, of_bias = kernels.drtp_linear_grad(
             x, weight, bias, feedback, y,
             activation=stage.activation, slope=stage.slope, backend=self.backend,
@@ -130,18 +130,17 @@ class DRTP(Learner):
         return output
 
     def _learn_convolution(self, stage: Stage, x: Tensor, y: Tensor, updates: Updates) -> Tensor:
-        convolution = self._convolutions[stage.name]
-        weight, bias = stage.layer.weight, stage.layer.bias
-        x = convolution.pad(x)
+        layer, convolution = stage.layer, self._convolutions[stage.name]
+        if not updates.wants_any(layer):
+            return stage.forward(x)
+        x = convolution.enter(x)
         output, signal = kernels.drtp_signal(
-            convolution.forward(x), self.feedback[stage.name], y,
+            convolution.field(x), self.feedback[stage.name], y,
             activation=stage.activation, slope=stage.slope, backend=self.backend,
         )  # fmt: skip
-        of_weight, of_bias = convolution.gradients(
-            x,
-            signal,
-            weight=updates.wants(weight),
-            bias=bias is not None and updates.wants(bias),
-        )
-        updates.deliver_layer(stage.layer, of_weight, of_bias)
+        fused = updates.fused(layer.weight, layer.bias)
+        if fused is not None:
+            convolution.step(signal, x, *fused, scale=1.0)
+        else:
+            updates.deliver_layer(layer, *convolution.gradients(signal, x, 1.0))
         return output

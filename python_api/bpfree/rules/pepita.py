@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import bpfree_kernels as kernels
 from bpfree import differences, seeds
 from bpfree import feedback as random_feedback
-from bpfree.convolution import channels_last, convolutions
 from bpfree.losses import Loss, name_of, op_arguments
 from bpfree.mirroring import WeightMirroring, draw_factors, draw_noise, mirror, projection
 from bpfree.optimizers import Updates
@@ -21,7 +20,9 @@ from bpfree.rules._dense import learn_dense
 from bpfree.rules._output import learn_output
 from bpfree.rules._passes import Kept, Modulation
 from bpfree.rules._pepita_convolution import change_convolution
+from bpfree.rules._products import convolutions
 from bpfree.rules.base import Learner
+from bpfree.stages import Stage
 
 INPUT = "input"
 """Name of F among the learner's feedback."""
@@ -118,7 +119,7 @@ class PEPITA(Learner):
         self.space = space
         self.time_local = time_local
         self.mirroring = mirroring
-        self.convolutions = convolutions(self.network.hidden)
+        self.convolutions = convolutions(self.network.hidden, backend)
         if time_local:
             _time_local.check(self, self._updates)
         if mirroring is not None:
@@ -261,6 +262,12 @@ class PEPITA(Learner):
         self._learn_output(h, by, first.error, y, updates)
         return StepResult(first.loss.mean(), first.output)
 
+    def _explain_stage(self, stage: Stage) -> str:
+        shared = isinstance(stage.layer, nn.Conv2d)
+        return self._explain_updates(
+            stage, apart="a convolution's is a sum of two" if shared else ""
+        )
+
     def _first_pass(self, x: Tensor) -> tuple[Tensor, list[Kept]]:
         """Input of the output layer, and what the second pass needs of every hidden stage."""
         kept = []
@@ -268,9 +275,8 @@ class PEPITA(Learner):
             layer = stage.layer
             if isinstance(layer, nn.Conv2d):
                 convolution = self.convolutions[stage.name]
-                x = channels_last(x)
-                z = convolution.forward(convolution.pad(x))
-                h = stage.activate(z)
+                x = convolution.enter(x)
+                z, h = convolution.forward(x)
             else:
                 z, h = kernels.dense_forward(
                     x, layer.weight, layer.bias,
