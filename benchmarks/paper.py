@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from results import run_header
 
+from bpfree import Learner
 from bpfree.metrics import summarize
 from bpfree.progress import make_reporter
 from bpfree.train_run import TrainConfig, TrainRun
@@ -26,12 +27,22 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a paper's table: what to run, with which seeds, and the figure that it printed."""
+    """One line of a paper's table: what to run, with which seeds, and the figure that it printed.
+
+    Attributes:
+        rule, seeds: of the runs.
+        paper: the paper's figure.
+        options: beside the table's.
+        rates: learning rate of each layer; 0 freezes it. Without them all have that of the options.
+        note: added to the name.
+    """
 
     rule: str
     seeds: tuple[int, ...]
     paper: str
     options: dict[str, object] = field(default_factory=dict)
+    rates: tuple[float, ...] = ()
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -39,7 +50,7 @@ class Row:
         own = {**self.options, **cast(dict[str, object], self.options.get("rule_options", {}))}
         own.pop("rule_options", None)
         parts = [key if value is True else f"{key}={value}" for key, value in own.items()]
-        return "-".join([self.rule, *parts])
+        return "-".join([self.rule, *parts, *([self.note] if self.note else [])])
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ _EKDAA_NET = {
     "momentum": 0.9, "lr": 5e-4, "loss": "ce",
 }  # fmt: skip
 _ON_THE_MEAN: dict[str, object] = {"lr": 0.025}
+_FROZEN_CONVOLUTIONS = (0.0, 0.0, 0.0, 5e-4, 5e-4)
 
 TABLES = {
     "drtp-mnist": Table(
@@ -157,13 +169,40 @@ TABLES = {
             Row("ekdaa", (0, 1), "9.99 ± 0.11"),
             Row("ekdaa", (0, 1), "9.99 ± 0.11", {"rule_options": {"gamma": 0.5}}),
             Row("ekdaa", (0,), "-", {"rule_options": {"gamma": -0.1}}),
+            Row("ekdaa", (0, 1), "-", rates=_FROZEN_CONVOLUTIONS, note="convolutions-frozen"),
             Row("shallow", (0, 1), "-", _ON_THE_MEAN),
             Row("frfb", (0, 1), "10.90 ± 0.18", _ON_THE_MEAN),
             Row("bp", (0,), "10.03 ± 0.14", _ON_THE_MEAN),
         ),
         (1, 2, 3, 4, 5),
     ),
+    "ekdaa-signum": Table(
+        "EKDAA with the sign function in the place of tanh: Fashion-MNIST, 1-32-P-64-P-128-fc128-10, SGD momentum "
+        "0.9 on the batch's sum, batch 50, gamma 1, 5 epochs; the learning rate of each layer behind the rule, 0 "
+        "for a frozen one. Accuracy in the paper 88.69 ± 0.06, by code whose convolutions take z itself",
+        {**_EKDAA_NET, "activation": "sign", "rule_options": {"gamma": 1.0}},
+        (
+            Row("ekdaa", (0, 1), "11.31 ± 0.06", rates=(0.0, 0.0, 1e-6, 1e-5, 2e-5), note="0,0,1e-6,1e-5,2e-5"),
+            Row("ekdaa", (0,), "-", rates=(0.0, 2e-8, 1e-6, 1e-5, 2e-5), note="0,2e-8,1e-6,1e-5,2e-5"),
+            Row("ekdaa", (0,), "-", rates=(2e-9, 2e-8, 1e-6, 1e-5, 2e-5), note="2e-9,2e-8,1e-6,1e-5,2e-5"),
+            Row("ekdaa", (0,), "-", rates=(1e-5, 1e-5, 1e-5, 1e-5, 2e-5), note="1e-5,1e-5,1e-5,1e-5,2e-5"),
+            Row("ekdaa", (0, 1), "-", rates=(0.0, 0.0, 0.0, 1e-5, 2e-5), note="0,0,0,1e-5,2e-5"),
+            Row("ekdaa", (0,), "-", rates=(0.0, 0.0, 0.0, 0.0, 2e-5), note="0,0,0,0,2e-5"),
+        ),
+        (1, 2, 3, 4, 5),
+    ),
 }  # fmt: skip
+
+
+def _set_rates(learner: Learner, rates: tuple[float, ...]) -> None:
+    """Give each layer its learning rate; those with 0 are frozen."""
+    optimizer = cast(torch.optim.Optimizer, learner.optimizer)
+    (group,) = optimizer.param_groups
+    optimizer.param_groups = []
+    for stage, rate in zip(learner.network.stages, rates, strict=True):
+        params = list(stage.layer.parameters())
+        stage.layer.requires_grad_(rate > 0)
+        optimizer.add_param_group({**group, "params": params, "lr": rate})
 
 
 def run(table: Table, row: Row, seed: int, data_dir: Path | None, out: Path) -> dict[str, Any]:
@@ -176,6 +215,8 @@ def run(table: Table, row: Row, seed: int, data_dir: Path | None, out: Path) -> 
         threads=None,
     )
     training = TrainRun(config, out, data_dir)
+    if row.rates:
+        _set_rates(training.learner, row.rates)
     first = training.learner.network.stages[0].layer.weight
     start = first.detach().clone()
     with make_reporter(config.epochs, 0, training.batches) as reporter:
