@@ -189,6 +189,8 @@ TABLES = {
         "take z itself",
         {**_EKDAA_NET, "activation": "sign", "rule_options": {"gamma": 1.0}},
         (
+            _at_rates("0,0,2e-7,1e-5,2e-5", (0, 1)),
+            _at_rates("0,5e-9,2e-7,1e-5,2e-5", (0,)),
             _at_rates("0,0,1e-6,1e-5,2e-5", (0, 1)),
             _at_rates("0,2e-8,1e-6,1e-5,2e-5", (0,)),
             _at_rates("2e-9,2e-8,1e-6,1e-5,2e-5", (0,)),
