@@ -26,6 +26,19 @@ from bpfree_kernels.ops.ekdaa import (
     ekdaa_error,
     ekdaa_linear_error,
 )
+from bpfree_kernels.ops.inverse import (
+    Solution,
+    invert,
+    orthogonal_update,
+    orthogonality,
+    refine_inverse,
+    solve_nearly_orthogonal,
+)
+from bpfree_kernels.ops.invertible_conv import (
+    INVERTIBLE_ACTIVATIONS,
+    invertible_conv_error,
+    invertible_conv_reconstruct,
+)
 from bpfree_kernels.ops.local_conv import (
     LocalConvOutput,
     local_conv_feedback,
@@ -41,6 +54,7 @@ from bpfree_kernels.update import SGD, Adam, AdamW, LayerState, ParamState
 
 __all__ = [
     "ACTIVATIONS",
+    "INVERTIBLE_ACTIVATIONS",
     "SGD",
     "UPSAMPLINGS",
     "Adam",
@@ -52,6 +66,7 @@ __all__ = [
     "LocalConvOutput",
     "MaxPool",
     "ParamState",
+    "Solution",
     "__version__",
     "apply_update",
     "backends",
@@ -71,14 +86,21 @@ __all__ = [
     "ekdaa_linear_error",
     "explain",
     "gradient_scale",
+    "invert",
+    "invertible_conv_error",
+    "invertible_conv_reconstruct",
     "local_conv",
     "local_conv_feedback",
     "local_conv_forward",
     "local_conv_grad",
     "local_conv_step",
+    "orthogonal_update",
+    "orthogonality",
     "pepita_difference",
     "pepita_linear_grad",
     "pepita_linear_step",
     "pepita_max_pool",
+    "refine_inverse",
     "set_label_checks",
+    "solve_nearly_orthogonal",
 ]

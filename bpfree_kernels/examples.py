@@ -25,6 +25,10 @@ class _Maker:
         values = torch.randn(shape, generator=self._generator, dtype=torch.float64)
         return values.to(self._device, self._dtype)
 
+    def of(self, values: Tensor) -> Tensor:
+        """These values."""
+        return values.to(self._device, self._dtype)
+
     def labels(self) -> Tensor:
         """Labels in which every class appears."""
         return torch.arange(BATCH, device=self._device) % CLASSES
@@ -192,6 +196,49 @@ def _ekdaa_conv_error(make: _Maker) -> tuple[Any, ...]:
     return (error, feedback, z, 0.9, *geometry, *size, "argmax", *_POOL, "tanh", 0.0)
 
 
+def _square(make: _Maker) -> Tensor:
+    """A nearly orthogonal weight: 4 outputs of windows of 2 × 2."""
+    signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    return 0.05 * make.normal(4, 1, 2, 2) + make.of(signs).view(4, 1, 2, 2)
+
+
+def _orthogonality(make: _Maker) -> tuple[Any, ...]:
+    return (_square(make),)
+
+
+def _solve_nearly_orthogonal(make: _Maker) -> tuple[Any, ...]:
+    rows = _square(make).flatten(1)
+    apart = rows @ rows.t() - make.of(torch.eye(4))
+    return (make.normal(BATCH, 4), apart, 0.0, 3)
+
+
+def _refine_inverse(make: _Maker) -> tuple[Any, ...]:
+    weight = _square(make)
+    return (weight, weight.clone())
+
+
+def _orthogonal_update(make: _Maker) -> tuple[Any, ...]:
+    weight, grad = _square(make), make.normal(4, 1, 2, 2)
+    rule = Adam(lr=1e-2)
+    state = rule.new_param_state(weight)
+    apart = make.normal(4, 4)
+    symmetric = apart + apart.t()
+    return (grad, symmetric, weight, 0.1, True, *rule.args(), state.m, state.v, state.step)
+
+
+def _invertible_conv_reconstruct(make: _Maker) -> tuple[Any, ...]:
+    inverse, x, output = _square(make), make.normal(BATCH, 1, 5, 4), make.normal(BATCH, 4, 3, 4)
+    bias, target, rate = make.normal(4), make.normal(*output.shape), make.normal(BATCH)
+    place = (2, 1, 1, 1, 1, 1, 1)
+    return (output, x, inverse, bias, target, rate, *place, "leaky_relu", 0.1)
+
+
+def _invertible_conv_error(make: _Maker) -> tuple[Any, ...]:
+    signal, inverse = make.normal(BATCH, 2, 3, 4), _square(make)[:2]
+    gate = make.normal(BATCH, 1, 5, 4)
+    return (signal, inverse, gate, 5, 4, 2, 1, 1, 1, 1, 1, 1, "leaky_relu", 0.1)
+
+
 def _apply_update(make: _Maker) -> tuple[Any, ...]:
     param, grad = make.normal(OUT, IN), make.normal(OUT, IN)
     rule = Adam(lr=1e-2)
@@ -223,6 +270,12 @@ EXAMPLES: dict[str, Callable[[_Maker], tuple[Any, ...]]] = {
     "ekdaa_error": _ekdaa_error,
     "ekdaa_linear_error": _ekdaa_linear_error,
     "ekdaa_conv_error": _ekdaa_conv_error,
+    "orthogonality": _orthogonality,
+    "solve_nearly_orthogonal": _solve_nearly_orthogonal,
+    "refine_inverse": _refine_inverse,
+    "orthogonal_update": _orthogonal_update,
+    "invertible_conv_reconstruct": _invertible_conv_reconstruct,
+    "invertible_conv_error": _invertible_conv_error,
     "apply_update": _apply_update,
 }
 """Op name → maker of its arguments, in schema order."""

@@ -95,6 +95,26 @@ def split_padding(
     return (height, height), (width, width)
 
 
+def same_margins(
+    input_size: Pair,
+    kernel: Pair,
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[Pair, Pair]:
+    """Padding ((top, bottom), (left, right)) of TensorFlow's ``"same"``: ⌈size / stride⌉ positions.
+
+    Raises:
+        TypeError, ValueError: as `pair`.
+    """
+    steps, apart = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    totals = [
+        max(((size - 1) // s) * s + d * (k - 1) + 1 - size, 0)
+        for size, k, s, d in zip(input_size, kernel, steps, apart, strict=True)
+    ]
+    above, left = (total // 2 for total in totals)
+    return (above, totals[0] - above), (left, totals[1] - left)
+
+
 def output_size(
     input_size: Sequence[int],
     kernel: Pair,

@@ -18,10 +18,16 @@ from bpfree_kernels.maps import map_order
 
 LIBRARY = torch.library.Library("bpfree", "DEF")
 
-LAYER_UPDATE_SCHEMA = (
+_RULE_SCHEMA = (
     "str optimizer, float lr, float beta1, float beta2, float eps, float weight_decay, "
-    "bool nesterov, Tensor? lr_tensor, "
-    "Tensor(m!)? weight_m, Tensor(v!)? weight_v, Tensor? weight_step, "
+    "bool nesterov, Tensor? lr_tensor"
+)
+
+UPDATE_SCHEMA = f"{_RULE_SCHEMA}, Tensor(m!)? m, Tensor(v!)? v, Tensor? step"
+"""The update rule and the state of one parameter."""
+
+LAYER_UPDATE_SCHEMA = (
+    f"{_RULE_SCHEMA}, Tensor(m!)? weight_m, Tensor(v!)? weight_v, Tensor? weight_step, "
     "Tensor(p!)? bias_m, Tensor(q!)? bias_v, Tensor? bias_step"
 )
 """The update rule and the state of one layer, as every ``*_step`` op takes them."""
@@ -36,7 +42,7 @@ def define(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    triton_module: str,
+    triton_module: str | None = None,
 ) -> None:
     """Register op ``bpfree::name``.
 
@@ -45,7 +51,8 @@ def define(
         schema: arguments and returns, mutated arguments marked.
         reference: body in plain PyTorch, called with the schema's arguments in order.
         fake: shapes and dtypes of the outputs, for tracing.
-        triton_module: module that holds the Triton body under the same name.
+        triton_module: module that holds the Triton body under the same name; ``None`` for an op whose
+            GPU body is CUDA C++, in the compiled extension.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"bpfree::{name}", fake, lib=LIBRARY)

@@ -159,6 +159,45 @@ class LayerUpdate:
         return result
 
 
+class ParamUpdate:
+    """One in-place update of a parameter: checked arguments for a body, and what follows the call."""
+
+    def __init__(
+        self, name: str, param: Tensor, update: UpdateRule, state: ParamState | None
+    ) -> None:
+        """Check the rule, and the state against it (`check_param_state`).
+
+        Args:
+            name: of the parameter, in messages.
+            param: updated in place.
+            update: the rule.
+            state: what it remembers; ``None`` is right for a rule without state.
+        """
+        check_update(update, param.device)
+        self._state = ParamState() if state is None else state
+        check_param_state("state", param, self._state, update)
+        self._name, self._param, self._rule = name, param, update.args()
+
+    def check_disjoint(self, **read: Tensor) -> None:
+        """Raise ValueError if something that the update writes shares memory with another tensor."""
+        kept = self._state
+        written = {"state.m": kept.m, "state.v": kept.v, "state.step": kept.step}
+        checks.disjoint(
+            {self._name: self._param, **written}, {**read, "lr of update": self._rule.lr_tensor}
+        )
+
+    def run(
+        self, body: Callable[..., Any], before: tuple[Any, ...], after: tuple[Any, ...]
+    ) -> None:
+        """Call ``body(*before, parameter, *after, update…)``, then count the step."""
+        written = (self._param, self._state.m, self._state.v)
+        param, *moments = stand_ins = contiguous(written)
+        body(*before, param, *after, *self._rule, *moments, self._state.step)
+        wrote(written, stand_ins)
+        if self._state.step is not None:
+            self._state.step.add_(1)
+
+
 class LayerGradients:
     """The gradients of a layer's weight and bias, as the ops named ``*_grad`` return them."""
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bpfree_kernels import backends, checks
-from bpfree_kernels.ops._define import contiguous, define, wrote
-from bpfree_kernels.ops._layer import check_param_state, check_update
+from bpfree_kernels.ops._define import UPDATE_SCHEMA, define
+from bpfree_kernels.ops._layer import ParamUpdate
 from bpfree_kernels.reference import update as reference
 from bpfree_kernels.update import ParamState, UpdateRule
 
@@ -28,9 +28,7 @@ def _fake(*_: object) -> None:
 
 define(
     "apply_update",
-    "(Tensor(w!) param, Tensor grad, float scale, float max_norm, str optimizer, "
-    "float lr, float beta1, float beta2, float eps, float weight_decay, bool nesterov, Tensor? lr_tensor, "
-    "Tensor(m!)? m, Tensor(v!)? v, Tensor? step) -> ()",
+    f"(Tensor(w!) param, Tensor grad, float scale, float max_norm, {UPDATE_SCHEMA}) -> ()",
     reference=reference.apply_update,
     fake=_fake,
     triton_module="bpfree_kernels.triton.update",
@@ -69,19 +67,8 @@ def apply_update(
     checks.like("grad", grad, "param", param)
     if max_norm is not None and not 0 < max_norm < math.inf:
         raise ValueError(f"max_norm must be positive and finite, got {max_norm}.")
-    check_update(update, param.device)
-    state = ParamState() if state is None else state
-    check_param_state("state", param, state, update)
-    written = (param, state.m, state.v)
-    checks.disjoint(
-        {"param": param, "state.m": state.m, "state.v": state.v, "state.step": state.step},
-        {"grad": grad, "lr of update": update.args().lr_tensor},
-    )
+    parameter = ParamUpdate("param", param, update, state)
+    parameter.check_disjoint(grad=grad)
     body = backends.body("apply_update", param.device.type, backend)
-    stand_ins = contiguous(written)
     most = math.inf if max_norm is None else float(max_norm)
-    rule = update.args()
-    body(stand_ins[0], grad.contiguous(), float(scale), most, *rule, *stand_ins[1:], state.step)
-    wrote(written, stand_ins)
-    if state.step is not None:
-        state.step.add_(1)
+    parameter.run(body, (), (grad.contiguous(), float(scale), most))
