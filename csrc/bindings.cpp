@@ -5,6 +5,8 @@
 #include "cpu/dense.h"
 #include "cpu/drtp.h"
 #include "cpu/ekdaa.h"
+#include "cpu/inverse.h"
+#include "cpu/invertible_conv.h"
 #include "cpu/local_conv.h"
 #include "cpu/pepita.h"
 #include "cpu/update.h"
@@ -33,5 +35,11 @@ STABLE_TORCH_LIBRARY_IMPL(bpfree, CPU, library) {
   library.impl("ekdaa_error", TORCH_BOX(&bpfree::cpu::ekdaa_error));
   library.impl("ekdaa_linear_error", TORCH_BOX(&bpfree::cpu::ekdaa_linear_error));
   library.impl("ekdaa_conv_error", TORCH_BOX(&bpfree::cpu::ekdaa_conv_error));
+  library.impl("orthogonality", TORCH_BOX(&bpfree::cpu::orthogonality));
+  library.impl("solve_nearly_orthogonal", TORCH_BOX(&bpfree::cpu::solve_nearly_orthogonal));
+  library.impl("refine_inverse", TORCH_BOX(&bpfree::cpu::refine_inverse));
+  library.impl("orthogonal_update", TORCH_BOX(&bpfree::cpu::orthogonal_update));
+  library.impl("invertible_conv_reconstruct", TORCH_BOX(&bpfree::cpu::invertible_conv_reconstruct));
+  library.impl("invertible_conv_error", TORCH_BOX(&bpfree::cpu::invertible_conv_error));
   library.impl("apply_update", TORCH_BOX(&bpfree::cpu::apply_update));
 }

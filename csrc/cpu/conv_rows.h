@@ -251,26 +251,13 @@ inline int64_t find_taps(const Windows& windows, const Band& band, int64_t row, 
   return count;
 }
 
+// Input rows [begin, end) of one sample, [row][column][in], of the transposed convolution of a band of signals
+// with a packed weight; `taps` has room for all of the kernel.
 template <class T>
-int64_t deconvolve_scratch(const Windows& windows, int64_t rows) {
-  // the number of the band's rows depends on where it begins by one at most
-  const Band band = band_of_signal(windows, 0, rows);
-  return index_elements<T>(2 * kernel_elements(windows)) +
-         padded<T>((band.rows + 1) * band.columns * band.channels);
-}
-
-// Input rows [begin, end) of one sample, [row][column][in], of the transposed convolution of a signal with a
-// packed weight.
-template <class T>
-void deconvolve(const Windows& windows, const Maps<const T>& signal, int64_t sample, const T* packed,
-                int64_t begin, int64_t end, T* to, T* scratch) {
-  if (begin == end) return;
+void deconvolve_band(const Windows& windows, const T* signals, const Band& band, const T* packed,
+                     int64_t begin, int64_t end, T* to, Tap* taps) {
   const int64_t in = windows.in / windows.groups, out = windows.out / windows.groups;
   const int64_t stride = padded<T>(in);
-  Tap* taps = reinterpret_cast<Tap*>(scratch);
-  T* signals = scratch + index_elements<T>(2 * kernel_elements(windows));
-  const Band band = band_of_signal(windows, begin, end);
-  copy_band(signal, sample, windows.out, windows.rows, windows.columns, band, signals);
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t column = 0; column < windows.stride_w && column < windows.width; ++column) {
       const int64_t count = find_taps(windows, band, row, column, windows.out * stride, taps);
@@ -289,6 +276,31 @@ void deconvolve(const Windows& windows, const Maps<const T>& signal, int64_t sam
       }
     }
   }
+}
+
+// The elements of a band of signals that meets so many input rows.
+inline int64_t signal_band_elements(const Windows& windows, int64_t rows) {
+  // the number of the band's rows depends on where it begins by one at most
+  const Band band = band_of_signal(windows, 0, rows);
+  return (band.rows + 1) * band.columns * band.channels;
+}
+
+template <class T>
+int64_t deconvolve_scratch(const Windows& windows, int64_t rows) {
+  return index_elements<T>(2 * kernel_elements(windows)) +
+         padded<T>(signal_band_elements(windows, rows));
+}
+
+// The same from a signal as maps.
+template <class T>
+void deconvolve(const Windows& windows, const Maps<const T>& signal, int64_t sample, const T* packed,
+                int64_t begin, int64_t end, T* to, T* scratch) {
+  if (begin == end) return;
+  Tap* taps = reinterpret_cast<Tap*>(scratch);
+  T* signals = scratch + index_elements<T>(2 * kernel_elements(windows));
+  const Band band = band_of_signal(windows, begin, end);
+  copy_band(signal, sample, windows.out, windows.rows, windows.columns, band, signals);
+  deconvolve_band(windows, signals, band, packed, begin, end, to, taps);
 }
 
 }  // namespace bpfree::cpu::BPFREE_ISA

@@ -18,29 +18,16 @@ Upsampling parse_upsampling(const std::string& name) {
                            "up-sampling");
 }
 
-// Runs f(sample, begin, end, scratch) over the rows of all samples, in blocks that fit a core's cache.
-template <class T, class Size, class F>
-void for_rows(const Pooling& pool, int64_t batch, Size&& scratch_elements, F&& f) {
-  constexpr int64_t kBlockElements = 64 * 1024;
-  const int64_t row = pool.width * pool.inner * pool.stride_h + 1, count = blocks(pool.height, pool.stride_h);
-  const int64_t tasks = blocks(2 * torch::stable::get_num_threads(), batch < 1 ? 1 : batch);
-  int64_t steps = kBlockElements / row;  // of the pooling's stride, so that blocks share few windows
-  if (steps > blocks(count, tasks)) steps = blocks(count, tasks);
-  const int64_t rows = (steps < 1 ? 1 : steps) * pool.stride_h, each = blocks(pool.height, rows);
-  torch::stable::parallel_for(0, batch * each, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<T> scratch(scratch_elements(rows));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % each * rows;
-      f(task / each, first, first + rows < pool.height ? first + rows : pool.height, scratch.get());
-    }
-  });
-}
-
 template <class T>
 ErrorMaps<T> error_maps(const Pooling& pool, const std::string& upsample, const std::string& activation,
                         double slope, double beta, const Tensor& z, const Tensor& error) {
   return {pool, parse_upsampling(upsample), parse_activation(activation), static_cast<T>(slope),
           static_cast<T>(beta), maps<const T>(z), maps<T>(error)};
+}
+
+// In steps of the pooling's stride, so that blocks share few windows.
+MapRows cut_rows(const Pooling& pool) {
+  return {pool.height, pool.width * pool.inner, pool.stride_h};
 }
 
 }  // namespace
@@ -56,7 +43,7 @@ Tensor ekdaa_error(Tensor change, Tensor z, double beta, StringHandle upsample, 
     const Kernels<T>& k = kernels<T>();
     const auto units = error_maps<T>(pool, how, f, slope, beta, z, error);
     const Maps<const T> d = maps<const T>(change);
-    for_rows<T>(pool, z.size(0), [&](int64_t rows) { return k.error_rows_scratch(pool, rows); },
+    for_rows<T>(cut_rows(pool), z.size(0), [&](int64_t rows) { return k.error_rows_scratch(pool, rows); },
                 [&](int64_t sample, int64_t begin, int64_t end, T* scratch) {
                   k.error_rows(units, d, sample, begin, end, scratch);
                 });
@@ -98,7 +85,7 @@ Tensor ekdaa_conv_error(Tensor error, Tensor feedback, Tensor z, double beta, in
     });
     const ErrorKernel<T> layer = {error_maps<T>(pool, how, f, slope, beta, z, result), windows,
                                   maps<const T>(error), packed.get()};
-    for_rows<T>(pool, z.size(0),
+    for_rows<T>(cut_rows(pool), z.size(0),
                 [&](int64_t count) { return k.conv_error_rows_scratch(windows, pool, count); },
                 [&](int64_t sample, int64_t begin, int64_t end, T* scratch) {
                   k.conv_error_rows(layer, sample, begin, end, scratch);

@@ -170,12 +170,18 @@ inline void prefetch_target(const Target<T>& to, int64_t rows, int64_t columns, 
   prefetch_rows(to.v, rows, columns, stride);
 }
 
-// The gradient of at most kRowBlock rows x kColumns columns, sent to its targets.
+// The gradient of at most kRowBlock rows x kColumns columns, added to `base` (rows as far apart as the
+// targets') if that is not null, sent to its targets.
 template <class T>
 void update_columns_block(const T* signal, int64_t signal_stride, int64_t rows, const T* x,
-                          int64_t x_stride, int64_t batch, int64_t columns,
+                          int64_t x_stride, int64_t batch, int64_t columns, const T* base,
                           const Targets<T>& to, int64_t to_stride) {
   alignas(64) T g[kRowBlock * kColumns<T>];
+  for (int64_t r = 0; base && r < rows; ++r) {
+    for_vectors<T>(columns, [&](int64_t i, int64_t lanes) {
+      store(g + r * kColumns<T> + i, load_lanes(base + r * to_stride + i, lanes));
+    });
+  }
   const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
   for (int64_t n = 0; n < batch; n += kUpdateSamples) {
     const int64_t samples = batch - n < kUpdateSamples ? batch - n : kUpdateSamples;
@@ -192,11 +198,21 @@ void update_columns_block(const T* signal, int64_t signal_stride, int64_t rows, 
         with_count<kUpdateVectors>(vectors, [&]<int tile_vectors>() {
           update_tile<T, tile_rows, tile_vectors>(signal + n * signal_stride + r, signal_stride,
                                                   x + n * x_stride, x_stride, samples, tile,
-                                                  n == 0);
+                                                  n == 0 && !base);
         });
       });
       if (last) apply_tile(tile, kColumns<T>, here, columns, target, to_stride);
     }
+  }
+}
+
+// Columns [begin, begin + columns) of x, rows kColumns apart and padded with zeros to whole vectors.
+template <class T>
+void copy_columns(const Input<T>& x, int64_t begin, int64_t columns, T* to) {
+  for (int64_t n = 0; n < x.batch; ++n) {
+    for_vectors<T>(columns, [&](int64_t i, int64_t lanes) {
+      store(to + n * kColumns<T> + i, load_lanes(x.rows + n * x.in + begin + i, lanes));
+    });
   }
 }
 
@@ -213,22 +229,17 @@ void update_block(const T* signal, int64_t signal_stride, int64_t rows, const In
                   int64_t begin, int64_t end, const Targets<T>& to, T* scratch) {
   for (int64_t k = begin; k < end; k += kColumns<T>) {
     const int64_t columns = end - k < kColumns<T> ? end - k : kColumns<T>;
-    const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
     const T* source = x.rows + k;
     int64_t source_stride = x.in;
     if (columns % kLanes<T> != 0) {  // the ragged last columns: a zero-padded copy of x
-      for (int64_t n = 0; n < x.batch; ++n) {
-        for (int64_t i = 0; i < vectors * kLanes<T>; ++i) {
-          scratch[n * kColumns<T> + i] = i < columns ? x.rows[n * x.in + k + i] : T(0);
-        }
-      }
+      copy_columns(x, k, columns, scratch);
       source = scratch;
       source_stride = kColumns<T>;
     }
     for (int64_t row = 0; row < rows; row += kRowBlock) {
       const int64_t here = rows - row < kRowBlock ? rows - row : kRowBlock;
       update_columns_block<T>(signal + row, signal_stride, here, source, source_stride, x.batch,
-                              columns, to.at(row * x.in + k), x.in);
+                              columns, nullptr, to.at(row * x.in + k), x.in);
     }
   }
 }

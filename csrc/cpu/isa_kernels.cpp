@@ -4,6 +4,8 @@
 #include "conv_rows.h"
 #include "drtp_rows.h"
 #include "ekdaa_rows.h"
+#include "inverse_rows.h"
+#include "invertible_conv_rows.h"
 #include "local_conv_rows.h"
 #include "pepita_rows.h"
 #include "pool_rows.h"
@@ -73,6 +75,15 @@ const Kernels<T>& table() {
       .error_rows_scratch = error_rows_scratch<T>,
       .conv_error_rows = conv_error_rows<T>,
       .conv_error_rows_scratch = conv_error_rows_scratch<T>,
+      .reconstruct_rows = reconstruct_rows<T>,
+      .inverse_error_rows = inverse_error_rows<T>,
+      .inverse_scratch = inverse_scratch<T>,
+      .gram_rows = kGramRows,
+      .orthogonality_scratch = orthogonality_scratch<T>,
+      .orthogonality_rows = orthogonality_rows<T>,
+      .pack_signal = pack_signal<T>,
+      .packed_signal = packed_signal<T>,
+      .add_product = add_product<T>,
       .sum_squares = sum_squares<T>,
       .apply = apply<T>,
   };

@@ -217,6 +217,26 @@ struct ErrorKernel {
   const T* packed;
 };
 
+// A convolution whose packed inverse reconstructs maps or carries an error down to them.
+template <class T>
+struct InverseConv {
+  Windows windows;
+  const T* packed;
+  Activation activation;
+  T slope;
+  Maps<T> to;  // [batch, in, height, width]
+};
+
+// What a reconstruction starts from: f(z), nudged by `rate` towards the target if there is one.
+template <class T>
+struct Reconstruction {
+  Maps<const T> output;
+  Maps<const T> target;  // data may be null
+  const T* rate;         // [batch]
+  const T* bias;         // [out] or null
+  Maps<const T> x;
+};
+
 template <class T>
 struct Kernels {
   // Samples in a full panel of packed input; panels hold `in` rows of that many samples.
@@ -297,6 +317,25 @@ struct Kernels {
   int64_t (*error_rows_scratch)(const Pooling&, int64_t rows);
   void (*conv_error_rows)(const ErrorKernel<T>&, int64_t sample, int64_t begin, int64_t end, T* scratch);
   int64_t (*conv_error_rows_scratch)(const Windows&, const Pooling&, int64_t rows);
+  // The input of rows [begin, end) of one sample, reconstructed.
+  void (*reconstruct_rows)(const InverseConv<T>&, const Reconstruction<T>&, int64_t sample, int64_t begin,
+                           int64_t end, T* scratch);
+  // An error at those rows, times f' at `gate`, whose data may be null.
+  void (*inverse_error_rows)(const InverseConv<T>&, const Maps<const T>& signal,
+                             const Maps<const T>& gate, int64_t sample, int64_t begin, int64_t end,
+                             T* scratch);
+  int64_t (*inverse_scratch)(const Windows&, int64_t rows);
+  // g = W W^T - I, [out, out], for blocks [begin, end) of `gram_rows` rows and what mirrors them.
+  int64_t gram_rows;
+  int64_t (*orthogonality_scratch)(int64_t out);
+  void (*orthogonality_rows)(const Input<T>& weight, T* g, int64_t begin, int64_t end, T* scratch);
+  // Packs scale times a signal [batch, out] for add_product, row blocks [begin, end) of its product.
+  void (*pack_signal)(const T* signal, int64_t batch, int64_t out, T scale, bool off_diagonal, T* packed,
+                      int64_t begin, int64_t end);
+  int64_t (*packed_signal)(int64_t batch, int64_t out);
+  // base + signal^T x for column blocks [begin, end), sent to its target, which may be x itself.
+  void (*add_product)(const T* packed, int64_t out, const Input<T>& x, const T* base, const Target<T>&,
+                      int64_t begin, int64_t end, T* scratch);
   // The sum of the squares of elements [begin, end).
   double (*sum_squares)(const T* from, int64_t begin, int64_t end);
   // Sends gradient elements [begin, end) to their target.

@@ -54,4 +54,28 @@ inline Windows conv_windows(const Tensor& weight, Size input, Size output, int64
           .groups = groups};
 }
 
+// The rows of a map as work: how many, how many values each has, and by how many rows it may be cut.
+struct MapRows {
+  int64_t height, elements, step;
+};
+
+// Runs f(sample, begin, end, scratch) over the rows of all samples, in blocks that fit a core's cache;
+// `scratch_elements` says what a block of so many rows needs.
+template <class T, class Size, class F>
+void for_rows(const MapRows& map, int64_t batch, Size&& scratch_elements, F&& f) {
+  constexpr int64_t kBlockElements = 64 * 1024;
+  const int64_t row = map.elements * map.step + 1, count = blocks(map.height, map.step);
+  const int64_t tasks = blocks(2 * torch::stable::get_num_threads(), batch < 1 ? 1 : batch);
+  int64_t steps = kBlockElements / row;
+  if (steps > blocks(count, tasks)) steps = blocks(count, tasks);
+  const int64_t rows = (steps < 1 ? 1 : steps) * map.step, each = blocks(map.height, rows);
+  torch::stable::parallel_for(0, batch * each, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<T> scratch(scratch_elements(rows));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % each * rows;
+      f(task / each, first, first + rows < map.height ? first + rows : map.height, scratch.get());
+    }
+  });
+}
+
 }  // namespace bpfree::cpu
