@@ -38,12 +38,24 @@ inline Activated<T> activate(Vec<T> z, T slope) {
   }
 }
 
-// tanh(z + d) - tanh z = u (1 - t^2) / (1 + t u), t = tanh z, u = tanh d: for small d without cancellation.
+// tanh(z + d) - tanh z without cancellation: for z >= 0, with A = e^(-2z) and B = e^(-2|d|),
+//   d > 0:   2 A (1 - B) / ((1 + A) (1 + A B))        d < 0:  -2 A (1 - B) / ((1 + A) (A + B))
+// and for z < 0 that of -z and -d, negated. Two exponentials and one division.
 template <class T>
 inline Vec<T> tanh_difference(Vec<T> z, Vec<T> d) {
-  const Vec<T> one = splat<T>(T(1)), t = vtanh<T>(z), u = vtanh<T>(d);
-  // A large step loses nothing by plain subtraction, and could divide 0 by 0 here.
-  return vabs<T>(d) < T(0.5) ? u * (one - t * t) / (one + t * u) : vtanh<T>(z + d) - t;
+  const T limit = ExpConstants<T>::kLimit, flat = T(30);  // tanh is 1 from there on, and A far from underflow
+  const Vec<T> zero = {}, one = splat<T>(T(1)), size = vabs<T>(z);
+  const VecBits<T> negative = (VecBits<T>)z & (VecBits<T>)splat<T>(T(-0.0));
+  const Vec<T> from = size > flat ? splat<T>(flat) : size;
+  const Vec<T> step = (Vec<T>)((VecBits<T>)d ^ negative) + (size - from);  // z + d stays what it is
+  const Exp<T> a = split_exp<T>(T(-2) * from);
+  const Exp<T> b = split_exp<T>(vmax<T>(T(-2) * vabs<T>(step), splat<T>(-limit)));
+  const Vec<T> A = a.power + a.power * a.rest, B = b.power + b.power * b.rest;
+  const Vec<T> missing = b.power * b.rest + (b.power - T(1));  // B - 1
+  const Vec<T> rising = size > flat ? zero : A;  // nothing is left to rise there
+  const Vec<T> below = (one + A) * (step > zero ? one + A * B : A + B);
+  const Vec<T> change = with_sign<T>(T(2) * (step > zero ? rising : A) * missing / below, step);
+  return (Vec<T>)((VecBits<T>)change ^ negative);
 }
 
 // f(z + d) - f(z) without the digits that subtracting two close values would lose.
