@@ -1,15 +1,19 @@
-"""Builds bpfree-kernels: two Python packages and, where torch and a C++ compiler are there, an extension.
+"""Builds bpfree-kernels: two Python packages and, where torch and compilers are there, their extensions.
 
-The build never fails for want of torch or a compiler: it then makes a pure-Python package and says so.
-Nothing here looks for a GPU: the GPU kernels are Triton's and are compiled when they are first used.
+With torch and a C++ compiler that is the CPU extension, with nvcc also the CUDA extension. The build never
+fails for want of any of them: it makes what it can and says what it left out. Nothing here looks for a GPU:
+the CUDA extension is compiled for every architecture in `CUDA_ARCHITECTURES`, and loads without one. (Most
+GPU kernels are Triton's, and are compiled when they are first used.)
 
 Environment:
     CXX               the C++ compiler (default: c++)
-    BPFREE_SANITIZE   e.g. "address,undefined": build the extension with these sanitizers
+    NVCC              the CUDA compiler (default: nvcc, on the PATH or in CUDA_HOME)
+    BPFREE_SANITIZE   e.g. "address,undefined": build the CPU extension alone, with these sanitizers
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -29,6 +33,8 @@ X86_ISAS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
 }
+
+CUDA_ARCHITECTURES = (80, 90, 100)  # and, for all later ones, PTX of the last
 
 
 def say(line: str) -> None:
@@ -58,6 +64,45 @@ def compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler, if there is one."""
+    toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), toolkit])
+    return shutil.which(os.environ.get("NVCC", "nvcc"), path=path)
+
+
+def why_no_cuda_extension() -> str | None:
+    """The reason for a build without the CUDA extension, or None if it can be built."""
+    import torch
+
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm"
+    if os.environ.get("BPFREE_SANITIZE"):
+        return "the sanitizers are for the CPU kernels"
+    if nvcc() is None:
+        return "there is no nvcc on the PATH or in CUDA_HOME"
+    if not cuda_architectures():
+        return f"{nvcc()} knows none of the architectures {CUDA_ARCHITECTURES}"
+    return None
+
+
+@functools.cache
+def cuda_architectures() -> tuple[int, ...]:
+    """Those of `CUDA_ARCHITECTURES` that nvcc knows."""
+    known = subprocess.check_output([str(nvcc()), "--list-gpu-code"], text=True).split()
+    return tuple(number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known)
+
+
+def cuda_flags() -> list[str]:
+    """What nvcc gets beside the flags of every torch source."""
+    numbers = cuda_architectures()
+    codes = {number: f"sm_{number}" for number in numbers}
+    codes[numbers[-1]] += f",compute_{numbers[-1]}"
+    flags = [f"-gencode 'arch=compute_{n},code=[{code}]'" for n, code in codes.items()]
+    host = "-fPIC,-fvisibility=hidden,-Wall,-Wno-attributes"
+    return ["-std=c++20", "-O3", f"-ccbin {compiler()}", f"-Xcompiler {host}", *flags]
+
+
 def sanitizer_flags() -> list[str]:
     names = os.environ.get("BPFREE_SANITIZE", "")
     if not names:
@@ -69,9 +114,14 @@ def build_facts() -> list[str]:
     """What the extension reports about its own build (csrc/host.cpp), as macro definitions."""
     import torch
 
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True)
+    def version(program: str, line: int) -> str:
+        return subprocess.check_output([program, "--version"], text=True).splitlines()[line]
+
+    cuda = why_no_cuda_extension() is None
     facts = {
-        "COMPILER": version.stdout.splitlines()[0],
+        "COMPILER": version(compiler(), 0),
+        "NVCC": version(str(nvcc()), -2) if cuda else "none",
+        "CUDA_ARCHITECTURES": " ".join(f"sm_{n}" for n in cuda_architectures()) if cuda else "none",
         "TORCH_VERSION": torch.__version__,
         "TORCH_ABI": ".".join(map(str, TORCH_TARGET)),
         "SANITIZERS": os.environ.get("BPFREE_SANITIZE", "none"),
@@ -79,8 +129,8 @@ def build_facts() -> list[str]:
     return [f"'-DBPFREE_{name}=\"{value}\"'" for name, value in facts.items()]
 
 
-def write_ninja_file(build_dir: Path, library: Path, host: Path) -> None:
-    """Write build.ninja: the torch library (kernels once per instruction set) and the host module."""
+def write_ninja_file(build_dir: Path, libraries: dict[str, Path]) -> None:
+    """Write build.ninja: the CPU library (kernels once per instruction set), CUDA's, and the host module."""
     import pybind11
     import torch
     from ninja.ninja_syntax import Writer
@@ -92,42 +142,63 @@ def write_ninja_file(build_dir: Path, library: Path, host: Path) -> None:
     torch_flags = [
         f"-I{torch_dir / 'include'}",
         f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
-        "-Wno-attributes",
     ]
+    body_flags = [*common, *torch_flags, "-Wno-attributes"]
     python_flags = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     isas = X86_ISAS if platform.machine() == "x86_64" else {"baseline": []}
+    csrc = ROOT / "csrc"
     with (build_dir / "build.ninja").open("w") as file:
         n = Writer(file)
         n.rule("cxx", f"{compiler()} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d")
-        n.rule("link", f"{compiler()} -shared $in $flags -o $out")
-        csrc = ROOT / "csrc"
+        n.rule("link", "$linker -shared $in $flags -o $out")
+
+        def compile_(source: Path, name: str, flags: list[str], rule: str = "cxx") -> str:
+            n.build(f"{name}.o", rule, str(source), variables={"flags": " ".join(flags)})
+            return f"{name}.o"
+
+        def link(library: str, objects: list[str], flags: str, linker: str = compiler()) -> None:
+            variables = {"linker": linker, "flags": " ".join([flags, *sanitizer_flags()])}
+            n.build(str(libraries[library]), "link", objects, variables=variables)
+
         objects = []
-
-        def compile_(source: Path, name: str, flags: list[str]) -> str:
-            out = f"{name}.o"
-            n.build(out, "cxx", str(source), variables={"flags": " ".join(common + flags)})
-            return out
-
         for isa, isa_flags in isas.items():
             source = csrc / "cpu" / "isa_kernels.cpp"
-            objects.append(compile_(source, f"isa_{isa}", [*isa_flags, f"-DBPFREE_ISA={isa}"]))
+            flags = [*common, *isa_flags, f"-DBPFREE_ISA={isa}"]
+            objects.append(compile_(source, f"isa_{isa}", flags))
         bodies = sorted((csrc / "cpu").glob("*.cpp"))
         bodies = [path for path in bodies if path.name != "isa_kernels.cpp"]
         bodies.append(csrc / "bindings.cpp")
-        objects += [compile_(source, source.stem, torch_flags) for source in bodies]
-        torch_link = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10 {' '.join(sanitizer_flags())}"
-        n.build(str(library), "link", objects, variables={"flags": torch_link})
-        host_object = compile_(csrc / "host.cpp", "host", python_flags + build_facts())
-        host_link = " ".join(sanitizer_flags())
-        n.build(str(host), "link", [host_object], variables={"flags": host_link})
+        objects += [compile_(source, source.stem, body_flags) for source in bodies]
+        link("cpu", objects, f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10")
+        host_object = compile_(csrc / "host.cpp", "host", common + python_flags + build_facts())
+        link("host", [host_object], "")
+        if "cuda" in libraries:
+            n.rule("nvcc", f"{nvcc()} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d")
+            flags = [*cuda_flags(), *torch_flags, "-DUSE_CUDA"]
+            sources = sorted((csrc / "cuda").glob("*.cu"))
+            objects = [compile_(path, f"cuda_{path.stem}", flags, "nvcc") for path in sources]
+            objects.append(compile_(csrc / "cuda" / "bindings.cpp", "cuda_bindings", body_flags))
+            # libtorch stands for all of torch's libraries: one of them has CUDA's streams, if any has.
+            torch_link = f"-L{torch_dir / 'lib'} -Xlinker --no-as-needed -ltorch -ltorch_cpu -lc10"
+            link(
+                "cuda",
+                objects,
+                f"-nodlink -cudart static -ccbin {compiler()} {torch_link}",
+                str(nvcc()),
+            )
 
 
 class BuildExtension(build_ext):
-    """Builds both shared libraries with ninja and puts them into the package."""
+    """Builds the shared libraries with ninja and puts them into the package."""
 
-    def _outputs(self, package: Path) -> tuple[Path, Path]:
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        return package / "lib" / "libbpfree_cpu.so", package / f"_host{suffix}"
+    def _outputs(self, package: Path) -> dict[str, Path]:
+        outputs = {
+            "cpu": package / "lib" / "libbpfree_cpu.so",
+            "host": package / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}",
+        }
+        if why_no_cuda_extension() is None:
+            outputs["cuda"] = package / "lib" / "libbpfree_cuda.so"
+        return outputs
 
     def _package_dir(self) -> Path:
         in_place = self.inplace or self.editable_mode
@@ -137,20 +208,27 @@ class BuildExtension(build_ext):
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         built = self._outputs(build_dir)
-        write_ninja_file(build_dir, *built)
+        write_ninja_file(build_dir, built)
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir)], check=True)
-        for source, target in zip(built, self._outputs(self._package_dir()), strict=True):
+        for name, target in self._outputs(self._package_dir()).items():
             target.parent.mkdir(parents=True, exist_ok=True)
             # A new file in the old one's place: a process that runs the old one keeps it.
             partial = target.with_name(target.name + ".part")
-            shutil.copy2(source, partial)
+            shutil.copy2(built[name], partial)
             os.replace(partial, target)
         oldest = ".".join(map(str, TORCH_TARGET))
         say(f"CPU extension: built with {compiler()}, for torch {oldest} and later.")
-        say("GPU kernels: Triton's, compiled at first use; nothing to build.")
+        without = why_no_cuda_extension()
+        if without is None:
+            kinds = ", ".join(f"sm_{number}" for number in cuda_architectures())
+            say(f"CUDA extension: built with {nvcc()} for {kinds}.")
+        else:
+            say(f"CUDA extension: not built, because {without}.")
+        say("Other GPU kernels: Triton's, compiled at first use; nothing to build.")
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in self._outputs(self._package_dir()) if path.exists()]
+        outputs = self._outputs(self._package_dir()).values()
+        return [str(path) for path in outputs if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # in-place builds are copied by run()

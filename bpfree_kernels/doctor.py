@@ -24,7 +24,8 @@ def report() -> dict[str, Any]:
     return {
         "versions": versions(),
         "machine": _machine(),
-        "extension": _extension(),
+        "extension": _extension("cpp", backends.EXTENSION),
+        "cuda_extension": _extension("cuda", backends.CUDA_EXTENSION),
         "backends": {name: vars(backends.status(name)) for name in backends.BACKENDS},
         "choices": {device: backends.explain(device) for device in ("cpu", "cuda")},
         "problems": _problems(),
@@ -44,6 +45,10 @@ def _problems() -> list[str]:
         idle.append(backends.explain("cpu"))
     if torch.cuda.is_available() and backends.default_for("cuda") != "triton":
         idle.append(backends.explain("cuda"))
+    if backends.CUDA_EXTENSION.exists() and torch.cuda.is_available():
+        cuda = backends.status("cuda")
+        if not cuda.usable:
+            idle.append(f"the CUDA extension lies idle: {cuda.reason}.")
     return [sentence for sentence in idle if "switched off" not in sentence]
 
 
@@ -83,24 +88,30 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _extension() -> dict[str, Any]:
-    if not backends.EXTENSION.exists():
-        return {"built": False, "reason": backends.status("cpp").reason}
+def _extension(backend: str, library: Path) -> dict[str, Any]:
+    """What a backend's compiled extension says of its build."""
+    if not library.exists():
+        return {"built": False, "reason": backends.status(backend).reason}
     try:
         from bpfree_kernels import _host
     except ImportError:  # the kernels serve every Python, this module only the one it was built for
         return {"built": True, "reason": "built for another Python: no build facts"}
+    if backend == "cuda":
+        return {"built": True, **_host.cuda_build()}
     return {"built": True, **_host.build(), "processor": _host.processor()}
 
 
 def _smoke_tests() -> list[dict[str, Any]]:
-    """Each op on each usable backend against the reference body in float64."""
+    """Each op on each usable backend that has a body of it, against the reference body in float64."""
     results = []
     for backend in backends.BACKENDS:
         if not backends.status(backend).usable or (backend == "triton" and _no_triton_device()):
             continue
-        device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+        on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+        device = "cuda" if on_gpu else "cpu"
         for name in EXAMPLES:
+            if backend not in backends.bodies_of(name):
+                continue
             result: dict[str, Any] = {"op": name, "backend": backend, "device": device}
             try:
                 error = _smoke_error(name, backend, device)
@@ -135,8 +146,8 @@ def _tensors(result: Any, args: tuple[Any, ...]) -> list[Tensor]:
 def render(facts: dict[str, Any]) -> str:
     """A report as text."""
     lines = []
-    for title in ("versions", "machine", "extension"):
-        lines.append(f"{title}:")
+    for title in ("versions", "machine", "extension", "cuda_extension"):
+        lines.append(f"{title.replace('_', ' ')}:")
         lines += [f"  {name}: {_flat(value)}" for name, value in facts[title].items()]
     lines.append("backends:")
     for name, state in facts["backends"].items():
@@ -148,7 +159,7 @@ def render(facts: dict[str, Any]) -> str:
     for test in facts["smoke"]:
         verdict = "ok" if test["ok"] else "WRONG"
         error = test["error"] if isinstance(test["error"], str) else f"{test['error']:.1e}"
-        lines.append(f"  {verdict:5} {test['backend']:9} {test['op']:18} {error}")
+        lines.append(f"  {verdict:5} {test['backend']:9} {test['op']:28} {error}")
     lines += [f"problem: {sentence}" for sentence in facts["problems"]]
     lines.append("all well." if healthy(facts) else "something is wrong: see above.")
     return "\n".join(lines)

@@ -19,6 +19,11 @@ std::map<std::string, std::string> build() {
   };
 }
 
+// Of the CUDA extension that was built beside this module: "none" if none was.
+std::map<std::string, std::string> cuda_build() {
+  return {{"nvcc", BPFREE_NVCC}, {"architectures", BPFREE_CUDA_ARCHITECTURES}};
+}
+
 std::map<std::string, std::string> processor() {
   return {
       {"widest", bpfree::cpu::isa_name(bpfree::cpu::widest_isa())},
@@ -32,6 +37,7 @@ std::map<std::string, std::string> processor() {
 PYBIND11_MODULE(_host, module) {
   module.doc() = "How the extension was built, and what this processor can do.";
   module.def("build", &build, "Compiler, torch version and stable-ABI target of this build.");
+  module.def("cuda_build", &cuda_build, "Compiler and architectures of the CUDA extension.");
   module.def("processor", &processor,
              "Widest instruction set of this processor, the one that the kernels use, and its cores.");
 }

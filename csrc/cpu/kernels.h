@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-namespace bpfree::cpu {
+#include "../activation.h"
 
-enum class Activation { identity, relu, leaky_relu, tanh, sigmoid, hardtanh, sign };
+namespace bpfree::cpu {
 
 enum class Loss { ce, bce, mse, hinge };
 

@@ -5,28 +5,10 @@
 
 namespace bpfree::cpu {
 
-inline bool channels_last(const Tensor& maps) {
-  if (maps.is_contiguous()) return false;
-  int64_t step = 1;
-  for (const int64_t dim : {1, 3, 2, 0}) {  // where there is one element, its stride is never taken
-    STD_TORCH_CHECK(maps.size(dim) == 1 || maps.stride(dim) == step, "bpfree: maps have gaps");
-    step *= maps.size(dim);
-  }
-  return true;
-}
-
 template <class T>
 Maps<T> maps(const Tensor& tensor) {
   const bool both = tensor.size(1) == 1 || tensor.size(2) * tensor.size(3) == 1;
   return {static_cast<T*>(tensor.data_ptr()), both || channels_last(tensor)};
-}
-
-// Uninitialised maps that lie as `like` does.
-inline Tensor new_maps(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
-  const int64_t batch = like.size(0);
-  if (!channels_last(like)) return new_output(like, {batch, channels, height, width});
-  const Tensor memory = new_output(like, {batch, height, width, channels});
-  return torch::stable::transpose(torch::stable::transpose(memory, 1, 3), 2, 3);
 }
 
 struct Size {

@@ -29,10 +29,10 @@ __device__ inline T derivative(Activation kind, T z, T slope) {
   return T(0);
 }
 
-// f^-1(y) of an activation that has one: identity or leaky_relu.
+// f^-1(y) of an activation that has one, identity or leaky_relu with 1 / slope: a division costs a call.
 template <class T>
-__device__ inline T inverse_activation(Activation kind, T y, T slope) {
-  return kind == Activation::identity || y > T(0) ? y : y / slope;
+__device__ inline T inverse_activation(Activation kind, T y, T inverse_slope) {
+  return kind == Activation::identity || y > T(0) ? y : y * inverse_slope;
 }
 
 }  // namespace bpfree::cuda

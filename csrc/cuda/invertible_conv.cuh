@@ -1,29 +1,32 @@
 // Kernels around the product of an invertible convolution: what enters it, and what its patches add up to.
 //
-// The product takes signals [out, positions] to patches [in * kernel_h * kernel_w, positions], positions being
-// those of the whole batch: neighbours on a map are neighbours in memory, whichever way the maps lie.
+// The product takes signals [out, positions] to patches [in * kernel_h * kernel_w, positions], positions
+// being those of the whole batch: neighbours on a map are neighbours in memory, whichever way the maps lie.
 #pragma once
 
 #include "activation.cuh"
 #include "device.cuh"
+#include "divide.cuh"
 
 namespace bpfree::cuda {
 
-// Where the windows of a convolution lie on maps [batch, in, height, width]: rows x columns positions.
+// Where the windows of a convolution lie on maps: rows x columns positions.
 struct Windows {
-  int64_t in, height, width;
+  Divisor width;  // of the maps
   int64_t rows, columns;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  int64_t kernel_h, kernel_w;
+  Divisor stride_h, stride_w;
+  int64_t pad_top, pad_left, dilation_h, dilation_w;
 };
 
 // Maps [batch, channels, size] with the channels first or last in memory; size is height * width.
 struct MapOrder {
-  int64_t channels, size;
+  Divisor channels, size;
   bool channels_last;
 
   __device__ int64_t at(int64_t sample, int64_t channel, int64_t pixel) const {
-    return channels_last ? (sample * size + pixel) * channels + channel
-                         : (sample * channels + channel) * size + pixel;
+    return channels_last ? (sample * size.value() + pixel) * channels.value() + channel
+                         : (sample * channels.value() + channel) * size.value() + pixel;
   }
 };
 
@@ -46,7 +49,7 @@ struct Unfold {
   const T* bias;    // [out] or null
   MapOrder target_order;
   Activation activation;
-  Wide<T> slope;
+  Wide<T> slope, inverse_slope;
 
   __device__ Wide<T> operator()(int64_t offset, int64_t sample, int64_t channel, int64_t pixel) const {
     using W = Wide<T>;
@@ -56,7 +59,7 @@ struct Unfold {
       const W t = static_cast<W>(target[target_order.at(sample, channel, pixel)]);
       u += static_cast<W>(rate[sample]) * gain * gain * (t - u);
     }
-    const W z = inverse_activation(activation, u, slope);
+    const W z = inverse_activation(activation, u, inverse_slope);
     return bias ? z - static_cast<W>(bias[channel]) : z;
   }
 };
@@ -66,17 +69,19 @@ struct Unfold {
 template <class T, class Enter>
 __global__ void __launch_bounds__(kThreads)
     enter_kernel(Enter enter, MapOrder from, int64_t batch, T* to) {
-  for_each(batch * from.channels * from.size, [&](int64_t offset) {
+  for_each(batch * from.channels.value() * from.size.value(), [&](int64_t offset) {
     int64_t sample, channel, pixel, target = offset;
     if (from.channels_last) {
-      channel = offset % from.channels;
-      sample = offset / from.channels / from.size;
-      pixel = offset / from.channels % from.size;
+      const int64_t position = from.channels.quotient(offset);
+      channel = from.channels.remainder(offset);
+      sample = from.size.quotient(position);
+      pixel = from.size.remainder(position);
     } else {
-      pixel = offset % from.size;
-      channel = offset / from.size % from.channels;
-      sample = offset / from.size / from.channels;
-      target = (channel * batch + sample) * from.size + pixel;
+      const int64_t plane = from.size.quotient(offset);
+      pixel = from.size.remainder(offset);
+      sample = from.channels.quotient(plane);
+      channel = from.channels.remainder(plane);
+      target = (channel * batch + sample) * from.size.value() + pixel;
     }
     to[target] = static_cast<T>(enter(offset, sample, channel, pixel));
   });
@@ -106,21 +111,22 @@ struct Gate {
 };
 
 // The position along one axis whose window reaches `reach` past its first element, or -1.
-__device__ inline int64_t position(int64_t reach, int64_t stride, int64_t positions) {
+__device__ inline int64_t position(int64_t reach, const Divisor& stride, int64_t positions) {
   if (reach < 0) return -1;
-  const int64_t at = stride == 1 ? reach : reach / stride;
-  return at < positions && at * stride == reach ? at : -1;
+  const int64_t at = stride.quotient(reach);
+  return at < positions && at * stride.value() == reach ? at : -1;
 }
 
 // Sums for every value of a map what the patches of all windows that hold it say of it.
 template <class T, class Finish>
 __global__ void __launch_bounds__(kThreads)
-    fold_kernel(const T* patches, Windows w, int64_t batch, Finish finish, bool channels_last, T* to) {
-  const int64_t size = w.height * w.width, area = w.rows * w.columns;
-  const MapOrder order = {w.in, size, channels_last};
-  for_each(batch * w.in * size, [&](int64_t i) {
-    const int64_t pixel = i % size, channel = i / size % w.in, sample = i / size / w.in;
-    const int64_t bottom = pixel / w.width + w.pad_top, right = pixel % w.width + w.pad_left;
+    fold_kernel(const T* patches, Windows w, int64_t batch, Finish finish, MapOrder order, T* to) {
+  const int64_t area = w.rows * w.columns;
+  for_each(batch * order.channels.value() * order.size.value(), [&](int64_t i) {
+    const int64_t plane = order.size.quotient(i), pixel = order.size.remainder(i);
+    const int64_t sample = order.channels.quotient(plane), channel = order.channels.remainder(plane);
+    const int64_t bottom = w.width.quotient(pixel) + w.pad_top;
+    const int64_t right = w.width.remainder(pixel) + w.pad_left;
     Wide<T> sum = 0;
     int64_t times = 0;
     for (int64_t tap_h = 0; tap_h < w.kernel_h; ++tap_h) {

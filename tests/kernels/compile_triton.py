@@ -47,7 +47,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 ADAM = UpdateArgs("adam", 0.1, 0.9, 0.999, 1e-8, 0.0, False, None)
 RULES = (
@@ -291,7 +291,7 @@ def _resources(kernel: Any, target: GPUTarget) -> dict[str, Any]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
-            command = [_CUOBJDUMP, "--dump-resource-usage", file.name]
+            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
         registers, *spilled = (int(usage[name]) for name in ("REG", "STACK", "LOCAL"))
