@@ -13,7 +13,7 @@ from bpfree import checkpoint, diagnostics, nn
 from bpfree.losses import LOSSES
 from bpfree.mirroring import WeightMirroring
 from bpfree.results import BatchInfo, EpochResult, EvalResult, StepResult
-from bpfree.rules import BP, DRTP, EKDAA, FRFB, PEPITA, URFB, Learner, Shallow
+from bpfree.rules import BP, DRTP, EKDAA, FRFB, PEPITA, URFB, GAITProp, Learner, Shallow
 from bpfree_kernels import __version__
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "BatchInfo",
     "EpochResult",
     "EvalResult",
+    "GAITProp",
     "Learner",
     "Shallow",
     "StepResult",

@@ -87,6 +87,11 @@ def train(
     gamma: options.Gamma = None,
     upsample: options.Upsample = None,
     max_norm: options.MaxNorm = None,
+    orthogonal_penalty: options.OrthogonalPenalty = None,
+    off_diagonal: options.OffDiagonal = None,
+    form: options.Form = None,
+    normalised: options.Normalised = None,
+    dtype: options.Dtype = "float32",
     standardize: options.Standardize = None,
     diagnostics: options.Diagnostics = False,
     seed: options.Seed = 0,
@@ -102,6 +107,10 @@ def train(
         "gamma": gamma,
         "upsample": upsample,
         "max_norm": max_norm,
+        "orthogonal_penalty": orthogonal_penalty,
+        "off_diagonal": off_diagonal,
+        "form": form,
+        "normalised": normalised,
     }
     folder = out or Path("runs") / f"{rule}-{model}-{data}-seed{seed}"
     with _one_sentence(DataError, DeviceError, MissingExtraError, RunError, ValueError):
@@ -124,6 +133,7 @@ def train(
             init=init,
             untied=untied,
             rule_options={name: value for name, value in of_rule.items() if value is not None},
+            dtype=dtype,
             standardize=standardize,
             diagnostics=diagnostics,
             seed=seed,

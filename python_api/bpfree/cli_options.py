@@ -11,6 +11,7 @@ from bpfree.data import DATASETS
 from bpfree.losses import LOSSES
 from bpfree.models import ACTIVATIONS, INITS, MODEL_NAMES
 from bpfree.registry import OPTIMIZERS, RULES
+from bpfree.rules.gait import FORMS
 from bpfree_kernels import UPSAMPLINGS
 
 Rule = Annotated[str, typer.Option(help=f"Learning rule: {', '.join(RULES)}.")]
@@ -81,6 +82,33 @@ MaxNorm = Annotated[
     float | None,
     typer.Option(help="Length to which each gradient is cut (ekdaa).", show_default="any length"),
 ]
+OrthogonalPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help="Factor of the regulariser that keeps weights orthogonal (gait).", show_default="0"
+    ),
+]
+OffDiagonal = Annotated[
+    bool | None,
+    typer.Option("--off-diagonal", help="Regulariser leaves the rows' lengths alone (gait)."),
+]
+Form = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How errors are computed (gait): {', '.join(FORMS)}.", show_default=FORMS[0]
+    ),
+]
+Normalised = Annotated[
+    bool | None,
+    typer.Option(
+        "--normalised/--vanilla",
+        help="Whether the literal form scales each sample's target (gait).",
+        show_default="normalised",
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option(help="float32, or float64, which the literal form of gait needs.")
+]
 Standardize = Annotated[
     bool | None,
     typer.Option(help="Channels to mean 0, deviation 1.", show_default="for cifar-10 only"),
@@ -89,7 +117,8 @@ Diagnostics = Annotated[
     bool,
     typer.Option(
         "--diagnostics",
-        help="Record the angle between feedback and weights (pepita); draw it and the weights.",
+        help="Record each layer's angle to backprop's update, and (pepita) between feedback and weights; "
+        "draw them and the weights.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of weights, feedback and order.")]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree.rules.base import Learner
+from bpfree.rules.bp import BP
 
 
 class Histogram(NamedTuple):
@@ -66,11 +67,56 @@ def feedback_angle(learner: Learner) -> float:
     for stage in reversed(learner.network.hidden):
         product = product @ stage.layer.weight.double()
     backward = learner.feedback["input"].to(product.device, torch.float64).t()
-    lengths = product.norm() * backward.norm()
-    if not lengths > 0:
+    return _angle(product, backward)
+
+
+def update_angles(learner: Learner, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Angle between a rule's gradient of each weight and backpropagation's, on one batch, in degrees.
+
+    Figures 3 and 4 of the GAIT-prop paper. 0° is backpropagation itself, at 90° and above the layer does
+    not go down the loss. What a regulariser adds is left out. With dropout, put the learner in evaluation
+    mode, or the two see different nets.
+
+    Args:
+        learner: any learner; nothing of it changes.
+        x, y: a batch, as `bpfree.Learner.step` takes it.
+
+    Returns:
+        0 to 180 by the name of each layer that learns; NaN where one of the two is zero.
+
+    Raises:
+        IndexError, TypeError, ValueError, RuntimeError: as `bpfree.Learner.grads`.
+    """
+    layers = {stage.name: stage.layer.weight for stage in learner.network.stages}
+    kept = [(parameter, parameter.grad) for parameter in learner.model.parameters()]
+    try:
+        found = []
+        for gradients in (learner.loss_grads, BP(learner.model, loss=learner.loss).grads):
+            for parameter, _ in kept:
+                parameter.grad = None
+            gradients(x, y)
+            found.append({name: weight.grad for name, weight in layers.items()})
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
+    ours, true = found
+    return {
+        name: _angle(grad, other)
+        for name, grad in ours.items()
+        if grad is not None and (other := true[name]) is not None
+    }
+
+
+def _angle(a: Tensor, b: Tensor) -> float:
+    """Angle between two tensors as vectors, in degrees; NaN if one is zero."""
+    a, b = a.double().flatten(), b.double().flatten()
+    lengths = a.norm(), b.norm()
+    if not min(lengths) > 0:
         return math.nan
-    cosine = ((product * backward).sum() / lengths).clamp(-1, 1)
-    return math.degrees(math.acos(cosine.item()))
+    a, b = (vector / length for vector, length in zip((a, b), lengths, strict=True))
+    # By the chord: the cosine of a small angle has lost its digits.
+    chord = min(2.0, (a - b).norm().item())
+    return math.degrees(2 * math.asin(chord / 2))
 
 
 @overload

@@ -7,6 +7,10 @@ convolutional networks, one for grey images (MNIST) and one for colour images (C
 output; saturated linear, dropout of 0.8 and 0.3 ahead of the two fully connected layers, no biases, Glorot.
 ``ekdaa``: the EKDAA paper's for Fashion-MNIST, for any images: 32, 64 and 128 filters of 3×3, the first two
 pooled, 128 units, output; tanh, no biases, Glorot.
+``gait<L>-<H>``: L hidden layers of H units and an output layer of H units of which the classes are handed on,
+all but the first invertible; leaky ReLU of slope 0.1, orthogonal weights, biases 0. ``gait-shallow`` and
+``gait-deep``: the GAIT paper's for CIFAR-10, gait3-1024 and gait6-1024. ``gait-conv``: a small one for any
+images: 16 filters of 3×3 by steps of 2, the same invertible, output.
 """
 
 from __future__ import annotations
@@ -14,30 +18,33 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from bpfree.nn import SaturatedLinear, Signum, untie
+from bpfree.nn import InvertibleConv2d, InvertibleLinear, SaturatedLinear, Signum, untie
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
+    "leaky_relu_0.1": partial(nn.LeakyReLU, 0.1),
     "hardtanh": nn.Hardtanh,
     "saturated_linear": SaturatedLinear,
     "sign": Signum,
 }
 """Hidden activations by name."""
 
-INITS = ("torch", "he", "glorot")
+INITS = ("torch", "he", "glorot", "orthogonal")
 """Initialisations by name."""
 
 MODEL_NAMES = (
-    "fc<L>-<H> (L hidden layers of H units, such as fc1-500 or fc2-1000), conv, "
+    "fc<L>-<H> (L hidden layers of H units, such as fc1-500 or fc2-1000), gait<L>-<H> (the same, "
+    "with invertible layers), gait-shallow (gait3-1024), gait-deep (gait6-1024), gait-conv, conv, "
     "conv-pepita, simpnet or ekdaa"
 )
 """What a model may be called, in words."""
@@ -50,6 +57,7 @@ class _Conv(NamedTuple):
     kernel: int
     padding: int
     pooled: bool = True
+    stride: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class _Plan:
         pool: (kernel size, stride, padding) of the max poolings.
         activation, bias, init: as for `build_model`.
         dropout: share to drop ahead of each fully connected layer; empty for none anywhere.
+        invertible: whether every layer but the first is invertible; a convolution's maps are then those
+            that it hands on, and hidden fully connected layers are as wide as what enters them.
     """
 
     convolutions: tuple[_Conv, ...] = ()
@@ -71,6 +81,7 @@ class _Plan:
     dropout: tuple[float, ...] = ()
     bias: bool = True
     init: str = "torch"
+    invertible: bool = False
 
 
 _CONV_PEPITA = _Plan((_Conv(32, 5, 0),))
@@ -84,8 +95,16 @@ _EKDAA = _Plan(
     bias=False,
     init="glorot",
 )
+_GAIT = _Plan(activation="leaky_relu_0.1", init="orthogonal", invertible=True)
+_GAIT_CONV = replace(_GAIT, convolutions=(_Conv(16, 3, 1, False, 2), _Conv(16, 3, 1, False, 2)))
+_GAIT_HIDDEN = {"gait-shallow": (1024,) * 3, "gait-deep": (1024,) * 6}
 # With the least height and width of an image.
-_FOR_ANY_IMAGE = {"simpnet": (_SIMPNET, 1), "conv-pepita": (_CONV_PEPITA, 6), "ekdaa": (_EKDAA, 4)}
+_FOR_ANY_IMAGE = {
+    "simpnet": (_SIMPNET, 1),
+    "conv-pepita": (_CONV_PEPITA, 6),
+    "ekdaa": (_EKDAA, 4),
+    "gait-conv": (_GAIT_CONV, 1),
+}
 # By the channels of the image.
 _CONV = {
     1: _Plan((_Conv(32, 5, 2),), (1000,)),
@@ -109,11 +128,11 @@ def build_model(
     """Build a network by name.
 
     ``None`` takes what the net has in its paper: tanh, no dropout, biases and PyTorch's initialisation,
-    but for ``simpnet`` and ``ekdaa`` as the module says.
+    but for ``simpnet``, ``ekdaa`` and the ``gait`` nets as the module says.
 
     Args:
-        name: ``fc<L>-<H>``, ``conv``, ``conv-pepita``, ``simpnet`` or ``ekdaa``.
-        input_shape: shape of one image, (channels, height, width); ``fc`` nets take any shape.
+        name: ``fc<L>-<H>``, ``gait<L>-<H>`` or one of the others that the module names.
+        input_shape: shape of one image, (channels, height, width); nets without convolutions take any.
         classes: number of outputs of the last layer, whose activation belongs to the loss.
         activation: activation of every hidden layer, one of `ACTIVATIONS`.
         dropout: probability of dropping an input of a fully connected layer, in [0, 1); 0 for none.
@@ -121,7 +140,8 @@ def build_model(
         input_dropout: whether `dropout` also drops values of the image itself, in ``fc`` nets.
         bias: whether layers have biases.
         init: ``"torch"``, PyTorch's default, ``"he"``, He uniform: weights in ±√(6 / fan_in), biases
-            0, or ``"glorot"``, Glorot uniform: ±√(6 / (fan_in + fan_out)), biases 0.
+            0, ``"glorot"``, Glorot uniform: ±√(6 / (fan_in + fan_out)), biases 0, or
+            ``"orthogonal"``: orthogonal rows or columns, whichever are fewer, biases 0.
         untied: whether locally connected layers take the place of the convolutions; their weights
             begin alike everywhere, as those of the convolutions.
 
@@ -130,7 +150,8 @@ def build_model(
 
     Raises:
         ValueError: an unknown name, activation or initialisation, a dropout out of range, an image
-            that the convolutional nets are not made for, or a net without convolutions to untie.
+            that the convolutional nets are not made for, a net without convolutions to untie, or more
+            classes than an invertible output layer has units.
     """
     plan = _plan(name, input_shape)
     activation = plan.activation if activation is None else activation
@@ -151,7 +172,7 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         body, shape = _convolutions(plan, input_shape, activation, bias)
-        head = _dense(math.prod(shape), (*plan.hidden, classes), activation, drops, bias)
+        head = _dense(math.prod(shape), plan, classes, activation, drops, bias)
         model = nn.Sequential(*body, nn.Flatten(), *head)
         if init != "torch":
             _initialise(model, init)
@@ -178,10 +199,12 @@ def _plan(name: str, input_shape: Sequence[int]) -> _Plan:
                 f"got {tuple(input_shape)}."
             )
         return _CONV[channels]
-    match = re.fullmatch(r"fc([1-9]\d*)-([1-9]\d*)", name)
+    if name in _GAIT_HIDDEN:
+        return replace(_GAIT, hidden=_GAIT_HIDDEN[name])
+    match = re.fullmatch(r"(fc|gait)([1-9]\d*)-([1-9]\d*)", name)
     if match is None:
         raise ValueError(f"model must be {MODEL_NAMES}, got {name!r}.")
-    return _Plan(hidden=(int(match[2]),) * int(match[1]))
+    return replace(_Plan() if match[1] == "fc" else _GAIT, hidden=(int(match[3]),) * int(match[2]))
 
 
 def _convolutions(
@@ -190,31 +213,38 @@ def _convolutions(
     """The convolutional part, and the shape of what leaves it."""
     layers: list[nn.Module] = []
     shape = tuple(input_shape)
-    window, stride, margin = plan.pool
-    for maps, kernel, padding, pooled in plan.convolutions:
+    window, hop, margin = plan.pool
+    for place, (maps, kernel, padding, pooled, stride) in enumerate(plan.convolutions):
         channels, *size = shape
-        layers += [
-            nn.Conv2d(channels, maps, kernel, padding=padding, bias=bias),
-            ACTIVATIONS[activation](),
-        ]
-        size = [n + 2 * padding - kernel + 1 for n in size]
+        layer: nn.Module
+        if plan.invertible and place > 0:
+            layer = InvertibleConv2d(channels, kernel, stride, padding, features=maps, bias=bias)
+        else:
+            layer = nn.Conv2d(channels, maps, kernel, stride, padding, bias=bias)
+        layers += [layer, ACTIVATIONS[activation]()]
+        size = [(n + 2 * padding - kernel) // stride + 1 for n in size]
         if pooled:
-            layers.append(nn.MaxPool2d(window, stride, margin))
-            size = [(n + 2 * margin - window) // stride + 1 for n in size]
+            layers.append(nn.MaxPool2d(window, hop, margin))
+            size = [(n + 2 * margin - window) // hop + 1 for n in size]
         shape = (maps, *size)
     return layers, shape
 
 
 def _dense(
-    features: int, widths: Sequence[int], activation: str, drops: Sequence[float], bias: bool
+    features: int, plan: _Plan, classes: int, activation: str, drops: Sequence[float], bias: bool
 ) -> list[nn.Module]:
     """The fully connected part, with a dropout ahead of each layer whose share is not 0."""
     layers: list[nn.Module] = []
-    for units, drop in zip(widths, drops, strict=True):
+    first = not plan.convolutions
+    for units, drop in zip((*plan.hidden, classes), drops, strict=True):
         if drop:
             layers.append(nn.Dropout(drop))
-        layers += [nn.Linear(features, units, bias=bias), ACTIVATIONS[activation]()]
-        features = units
+        if plan.invertible and not first:
+            layers.append(InvertibleLinear(features, bias, outputs=units))
+        else:
+            layers.append(nn.Linear(features, units, bias))
+        layers.append(ACTIVATIONS[activation]())
+        features, first = units, False
     return layers[:-1]  # without the last layer's activation
 
 
@@ -223,6 +253,8 @@ def _initialise(model: nn.Sequential, init: str) -> None:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             if init == "he":
                 nn.init.kaiming_uniform_(layer.weight)  # gain √2: ±√(6 / fan_in)
+            elif init == "orthogonal":
+                nn.init.orthogonal_(layer.weight)
             else:
                 nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:

@@ -27,7 +27,7 @@ def learning_curve(path: Path, history: Sequence[EpochResult], title: str) -> No
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure, (loss_axes, error_axes) = _figure(2)
+    figure, (loss_axes, error_axes) = make_figure(2)
     epochs = [result.epoch for result in history]
     marker = "o" if len(epochs) == 1 else ""  # a single point has no line
     loss_axes.plot(epochs, [r.train_loss for r in history], marker=marker, label="training")
@@ -51,18 +51,18 @@ def learning_curve(path: Path, history: Sequence[EpochResult], title: str) -> No
 
 def diagnostics_plot(
     path: Path,
-    angles: Sequence[float],
+    angles: Mapping[str, Sequence[float]],
     before: Mapping[str, Histogram],
     after: Mapping[str, Histogram],
     title: str,
 ) -> None:
-    """Draw the angle of the feedback over the epochs, and the weights before and after training.
+    """Draw angles over the epochs, and the weights before and after training.
 
-    These are figures 3b and 5 of the PEPITA paper.
+    These are figures 3b and 5 of the PEPITA paper, and figures 3 and 4 of the GAIT-prop paper.
 
     Args:
         path: the PNG to write.
-        angles: in degrees, before the first epoch and after each; none leaves their picture out.
+        angles: by name, in degrees, before the first epoch and after each; none leaves their picture out.
         before: initial weights of each hidden layer, by its name.
         after: the same now.
         title: what was trained.
@@ -70,13 +70,10 @@ def diagnostics_plot(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure, all_axes = _figure(bool(angles) + len(after) or 1)
+    figure, all_axes = make_figure(bool(angles) + len(after) or 1)
     if angles:
         axes, *all_axes = all_axes
-        axes.plot(range(len(angles)), angles, marker="o" if len(angles) < 3 else "")
-        axes.axhline(90, color="grey", linewidth=0.8)
-        axes.set_ylabel("angle between W and Fᵀ (degrees)")
-        _count_epochs(axes)
+        angle_curves(axes, angles)
     for axes, name in zip(all_axes, after, strict=False):
         for histogram, label in ((before[name], "before"), (after[name], "after")):
             axes.stairs(density(histogram).tolist(), histogram.edges.tolist(), label=label)
@@ -87,8 +84,23 @@ def diagnostics_plot(
     figure.savefig(path, dpi=120)
 
 
-def _figure(pictures: int) -> tuple[Figure, list[Axes]]:
-    """A figure with some pictures side by side."""
+def angle_curves(axes: Axes, angles: Mapping[str, Sequence[float]]) -> None:
+    """Draw angles in degrees, before the first epoch and after each, by name."""
+    for name, values in angles.items():
+        marker = "o" if len(values) < 3 else ""
+        axes.plot(range(len(values)), values, marker=marker, label=name.replace("_", " "))
+    axes.axhline(90, color="grey", linewidth=0.8)
+    axes.set_ylabel("angle (degrees)")
+    axes.legend()
+    _count_epochs(axes)
+
+
+def make_figure(pictures: int) -> tuple[Figure, list[Axes]]:
+    """A figure with some pictures side by side.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     with train_extra("A picture of the training"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

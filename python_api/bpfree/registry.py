@@ -12,11 +12,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from bpfree.plain import PlainDRTP, PlainEKDAA, PlainPEPITA, PlainURFB
+from bpfree.plain import PlainDRTP, PlainEKDAA, PlainGAIT, PlainPEPITA, PlainURFB
 from bpfree.rules.base import Learner
 from bpfree.rules.bp import BP
 from bpfree.rules.drtp import DRTP
 from bpfree.rules.ekdaa import EKDAA
+from bpfree.rules.gait import GAITProp
 from bpfree.rules.pepita import PEPITA
 from bpfree.rules.shallow import Shallow
 from bpfree.rules.urfb import FRFB, URFB
@@ -46,6 +47,7 @@ class Rule:
         plain: makes the plain-PyTorch formulation for the model and the feedback of a learner;
             ``None`` for baselines, which are plain PyTorch themselves.
         options: names of the learner's arguments that other rules lack, as the command line has them.
+        demo_model: the demo's net, by name (`bpfree.models.build_model`).
     """
 
     title: str
@@ -55,6 +57,7 @@ class Rule:
     demo_lr: float
     plain: Callable[[Learner, nn.Sequential, torch.optim.Optimizer], PlainStep] | None = None
     options: tuple[str, ...] = ()
+    demo_model: str = "fc2-256"
 
     def make(
         self,
@@ -128,7 +131,25 @@ def _plain_ekdaa(
     )
 
 
-# Learning rates: the DRTP paper's for its fully connected nets.
+def _plain_gait(
+    learner: Learner, model: nn.Sequential, optimizer: torch.optim.Optimizer
+) -> PlainStep:
+    gait = cast(GAITProp, learner)
+    return PlainGAIT(
+        model,
+        optimizer,
+        gait.loss,
+        orthogonal_penalty=gait.orthogonal_penalty,
+        off_diagonal=gait.off_diagonal,
+        normalised=gait.nudge.normalised,
+        eta=gait.nudge.eta,
+        rate=gait.nudge.rate,
+    )
+
+
+_OF_GAIT = ("orthogonal_penalty", "off_diagonal", "form", "normalised")
+
+# Learning rates: the DRTP paper's for its fully connected nets; the GAIT paper's for CIFAR-10.
 RULES = {
     "drtp": Rule("DRTP", DRTP, "bce", 1.5e-4, 1e-3, _plain_drtp),
     "pepita": Rule("PEPITA", PEPITA, "ce", 1.5e-4, 3e-4, _plain_pepita),
@@ -136,6 +157,9 @@ RULES = {
     "frfb": Rule("FRFB", FRFB, "hinge", 1.5e-4, 1e-3, _plain_urfb, ("connectivity",)),
     "ekdaa": Rule(
         "EKDAA", EKDAA, "ce", 1.5e-4, 3e-3, _plain_ekdaa, ("beta", "gamma", "upsample", "max_norm")
+    ),
+    "gait": Rule(
+        "GAIT-prop", GAITProp, "ce", 1.9e-5, 1e-3, _plain_gait, _OF_GAIT, demo_model="gait2-256"
     ),
     "shallow": Rule("Shallow", Shallow, "bce", 1.5e-4, 1e-3),
     "bp": Rule("BP", BP, "ce", 1.5e-4, 1e-3),

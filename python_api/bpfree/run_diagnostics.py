@@ -1,36 +1,60 @@
-"""What ``bpfree train --diagnostics`` follows: the feedback's angle, and how the weights spread."""
+"""What ``bpfree train --diagnostics`` follows: angles, and how the weights spread."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bpfree.diagnostics import feedback_angle, has_feedback_angle, weight_histogram
+from torch import Tensor
+
+from bpfree.diagnostics import (
+    feedback_angle,
+    has_feedback_angle,
+    update_angles,
+    weight_histogram,
+)
 from bpfree.plots import diagnostics_plot
 from bpfree.rules.base import Learner
+from bpfree.rules.bp import BP
 
 
 class RunDiagnostics:
     """Diagnostics of one run.
 
     Attributes:
-        angles: `feedback_angle` before the first epoch and after each; empty for rules without.
+        angles: by name, in degrees before the first epoch and after each: the `feedback_angle` of rules that
+            have one, and each layer's of `update_angles`, but for backpropagation itself.
     """
 
-    def __init__(self, learner: Learner) -> None:
-        """Begin with a learner whose weights are the initial ones, also of a run to resume."""
+    def __init__(self, learner: Learner, batch: tuple[Tensor, Tensor]) -> None:
+        """Begin with a learner whose weights are the initial ones, also of a run to resume.
+
+        Args:
+            learner: the learner.
+            batch: x and y on which the updates are compared, always the same.
+        """
         self._learner = learner
+        self._batch = batch
         self._initial = weight_histogram(learner)
-        self.angles: list[float] = []
+        self.angles: dict[str, list[float]] = {}
         self.record()
 
     def record(self) -> None:
         """Note how things are after an epoch."""
-        if has_feedback_angle(self._learner):
-            self.angles.append(feedback_angle(self._learner))
+        learner, now = self._learner, {}
+        if has_feedback_angle(learner):
+            now["feedback_angle"] = feedback_angle(learner)
+        if not isinstance(learner, BP):
+            training = learner.model.training
+            learner.eval()  # no dropout, in either of the two
+            for layer, angle in update_angles(learner, *self._batch).items():
+                now[f"update_angle_{layer}"] = angle
+            learner.train(training)
+        for name, angle in now.items():
+            self.angles.setdefault(name, []).append(angle)
 
     def columns(self) -> dict[str, list[float]]:
         """What belongs beside each epoch's numbers: a name, and a value for each epoch."""
-        return {"feedback_angle": self.angles[1:]} if self.angles else {}
+        return {name: values[1:] for name, values in self.angles.items()}
 
     def draw(self, path: Path, title: str) -> None:
         """Draw the angles, and the weights of each hidden layer before and after.

@@ -13,24 +13,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.nn import LocallyConnected2d, SaturatedLinear, Signum
+from bpfree.nn import (
+    InvertibleConv2d,
+    InvertibleLinear,
+    LocallyConnected2d,
+    SaturatedLinear,
+    Signum,
+)
+from bpfree.nn.invertible import Invertible
 from bpfree_kernels.activations import resolve_activation
 from bpfree_kernels.reference.activations import activate
 
-Layer = nn.Linear | nn.Conv2d | LocallyConnected2d
+Layer = nn.Linear | nn.Conv2d | LocallyConnected2d | InvertibleLinear | InvertibleConv2d
 """What can learn."""
 
 PASSED_THROUGH = (nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.Dropout, nn.Dropout2d)
 """Modules that run as they are between the layers; nothing in them learns."""
 
 SUPPORTED = (
-    "Sequential, Linear, Conv2d, bpfree.nn.LocallyConnected2d, Flatten, MaxPool2d, AvgPool2d, "
+    "Sequential, Linear, Conv2d, bpfree.nn.LocallyConnected2d, bpfree.nn.InvertibleLinear, "
+    "bpfree.nn.InvertibleConv2d, Flatten, MaxPool2d, AvgPool2d, "
     "Dropout, Dropout2d, Identity, ReLU, LeakyReLU, Tanh, Sigmoid, Hardtanh(-1, 1), "
     "bpfree.nn.SaturatedLinear, bpfree.nn.Signum"
 )
@@ -60,6 +68,26 @@ class Stage:
     slope: float | None
     activation_module: nn.Module | None
     after: tuple[nn.Module, ...]
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs, or channels, that are handed on: all but the auxiliary ones."""
+        layer = self.layer
+        if isinstance(layer, Invertible):
+            return layer.outputs
+        return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+    @property
+    def has_auxiliary(self) -> bool:
+        """Whether some outputs are not handed on."""
+        return isinstance(self.layer, Invertible) and self.outputs < len(self.layer.weight)
+
+    def first(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the outputs that are handed on: the parameters, or views of them."""
+        layer = self.layer
+        if isinstance(layer, Invertible):
+            return layer.first(layer.outputs)
+        return layer.weight, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """f(W x + b), as the modules compute it."""
@@ -110,7 +138,7 @@ class Network:
     @property
     def classes(self) -> int:
         """Number of outputs."""
-        return cast(nn.Linear, self.output.layer).out_features
+        return self.output.outputs
 
     def enter(self, x: Tensor) -> Tensor:
         """Run the modules ahead of the first layer."""
@@ -212,7 +240,7 @@ def _label(name: str, module: nn.Module) -> str:
 def _check_module(name: str, module: nn.Module) -> None:
     """Refuse what a learner cannot run."""
     kind = type(module)  # exact: a subclass may compute anything
-    if kind in (nn.Linear, nn.Conv2d, LocallyConnected2d):
+    if kind in get_args(Layer):
         _check_layer(name, cast(Layer, module))
     elif kind is nn.MaxPool2d:
         if cast(nn.MaxPool2d, module).return_indices:
@@ -329,7 +357,7 @@ def _trace_layer(stage: Stage, x: Tensor, shape: tuple[int, ...]) -> Tensor:
             raise ValueError(
                 f"{sample}: {layer} needs {layer.in_features} features, but gets {arrives}."
             )
-        return x.new_empty(1, layer.out_features)
+        return x.new_empty(1, stage.outputs)
     if isinstance(layer, LocallyConnected2d):
         wanted = (layer.in_channels, *(layer.input_size or ()))
         if arrives != wanted:
@@ -341,8 +369,9 @@ def _trace_layer(stage: Stage, x: Tensor, shape: tuple[int, ...]) -> Tensor:
             f"{sample}: {layer} needs a map of ({layer.in_channels}, height, width), "
             f"but gets {arrives}."
         )
+    x, padding = layer.pad(x) if isinstance(layer, InvertibleConv2d) else (x, layer.padding)
     try:
-        weight = torch.empty_like(layer.weight, dtype=x.dtype, device="meta")
-        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        weight = torch.empty_like(stage.first()[0], dtype=x.dtype, device="meta")
+        return F.conv2d(x, weight, None, layer.stride, padding, layer.dilation, layer.groups)
     except RuntimeError as error:
         raise ValueError(f"{sample}: {error}") from error

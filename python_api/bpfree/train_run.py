@@ -28,6 +28,10 @@ from bpfree.run_diagnostics import RunDiagnostics
 STANDARDIZED = ("cifar-10",)
 """Data sets that are standardised unless asked otherwise, as in the DRTP authors' code."""
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+"""Types of weights and images by name."""
+
+_COMPARED = 256  # training samples on which the diagnostics compare updates
 _MAY_CHANGE = ("epochs", "device", "threads")  # when a run is resumed; the rest defines the run
 
 
@@ -88,6 +92,7 @@ class TrainConfig:
     init: str | None = None
     untied: bool = False
     rule_options: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
     diagnostics: bool = False
 
     @classmethod
@@ -105,10 +110,13 @@ class TrainConfig:
         """Fill in what depends on the rule (`lr`, `loss`), the data set and the machine (`device`).
 
         Raises:
-            ValueError: an unknown rule.
+            ValueError: an unknown rule or dtype.
             DeviceError: a device that does not exist here.
         """
         chosen = find_rule(rule)
+        dtype = others.get("dtype", "float32")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         return cls(
             rule=rule,
             data=data,
@@ -129,6 +137,7 @@ class TrainRun:
         dataset: the data, on the device.
         learner: the learner.
         history: results of the finished epochs.
+        diagnostics: what is followed beside them, ``None`` unless it was asked for.
     """
 
     def __init__(
@@ -161,8 +170,8 @@ class TrainRun:
             config.seed
         )  # for dropout; weights, feedback and shuffling have their own
         dataset = data.load(config.data, data_dir)
-        device = torch.device(config.device)
-        self.dataset = (dataset.standardized() if config.standardize else dataset).to(device)
+        device, dtype = torch.device(config.device), DTYPES[config.dtype]
+        self.dataset = (dataset.standardized() if config.standardize else dataset).to(device, dtype)
         model = build_model(
             config.model,
             dataset.input_shape,
@@ -174,7 +183,7 @@ class TrainRun:
             bias=config.bias,
             init=config.init,
             untied=config.untied,
-        ).to(device)
+        ).to(device, dtype)
         optimizer = make_optimizer(
             model.parameters(), config.optimizer, config.lr, config.momentum, config.weight_decay
         )
@@ -187,7 +196,8 @@ class TrainRun:
             seed=config.seed,
             options=config.rule_options,
         )
-        self._diagnostics = RunDiagnostics(self.learner) if config.diagnostics else None
+        batch = (self.dataset.train_x[:_COMPARED], self.dataset.train_y[:_COMPARED])
+        self.diagnostics = RunDiagnostics(self.learner, batch) if config.diagnostics else None
         self.history: list[EpochResult] = self._resume() if resume else []
         self._make_out()  # last, so that a refused run leaves nothing behind
 
@@ -218,8 +228,8 @@ class TrainRun:
 
             def on_epoch(result: EpochResult) -> None:
                 with _interrupts.held_back():  # so that the files all tell of the same epoch
-                    if self._diagnostics is not None:
-                        self._diagnostics.record()
+                    if self.diagnostics is not None:
+                        self.diagnostics.record()
                     self._save([*self.history, result])
                     self.history.append(result)
                     self._write_metrics()
@@ -242,8 +252,8 @@ class TrainRun:
         if self.history:
             title = f"{find_rule(config.rule).title}, {config.model}, {config.data}"
             learning_curve(self.out / "learning_curve.png", self.history, title)
-            if self._diagnostics is not None:
-                self._diagnostics.draw(self.out / "diagnostics.png", title)
+            if self.diagnostics is not None:
+                self.diagnostics.draw(self.out / "diagnostics.png", title)
         return finished
 
     def _check_out(self, resume: bool) -> None:
@@ -279,14 +289,14 @@ class TrainRun:
                     "with the same options, or start another run with --out."
                 )
         checkpoint.restore(self.learner, saved, scheduler=self._scheduler)
-        if self._diagnostics is not None:
-            self._diagnostics.angles = saved["extra"]["angles"]
+        if self.diagnostics is not None:
+            self.diagnostics.angles = saved["extra"]["angles"]
         history: list[EpochResult] = saved["history"]
         return history
 
     def _save(self, history: Iterable[EpochResult]) -> None:
         done = list(history)
-        angles = [] if self._diagnostics is None else self._diagnostics.angles
+        angles = {} if self.diagnostics is None else self.diagnostics.angles
         checkpoint.save(
             self._checkpoint,
             self.learner,
@@ -298,5 +308,5 @@ class TrainRun:
 
     def _write_metrics(self) -> None:
         config = asdict(self.config) | {"data_source": self.dataset.source}
-        columns = {} if self._diagnostics is None else self._diagnostics.columns()
+        columns = {} if self.diagnostics is None else self.diagnostics.columns()
         write_metrics(self.out, config, self.history, columns)

@@ -51,7 +51,9 @@ def test_version() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_train_prints_a_line_for_each_epoch_and_leaves_its_files(rule: str, tmp_path: Path) -> None:
-    done = train(tmp_path / "run", "--rule", rule, "--epochs", "3", "--lr", "0.01", "--seed", "3")
+    net = ["--model", "gait1-16"] if rule == "gait" else []
+    options = ["--rule", rule, "--epochs", "3", "--lr", "0.01", "--seed", "3", *net]
+    done = train(tmp_path / "run", *options)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert len(lines) == 5
@@ -177,6 +179,22 @@ def test_a_resumed_ekdaa_run_is_bit_identical(tmp_path: Path) -> None:
     assert "was trained with rule_options" in refused.stderr
 
 
+def test_a_run_of_gait_with_every_option_goes_on(tmp_path: Path) -> None:
+    """The inverses that it keeps are no state: a resumed run makes them anew."""
+    options = ["--rule", "gait", "--model", "gait1-16", "--orthogonal-penalty", "0.5"]
+    options += ["--off-diagonal", "--form", "literal", "--vanilla", "--lr", "1e-3"]
+    for epochs in ("1", "2"):
+        resume = ["--resume"] if epochs == "2" else []
+        run = train(tmp_path, *options, "--epochs", epochs, *resume)
+        assert run.exit_code == 0, run.output
+    assert weights(tmp_path)["3.weight"].shape == (16, 16)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["config"]["rule_options"] == {
+        "orthogonal_penalty": 0.5, "off_diagonal": True, "form": "literal", "normalised": False,
+    }  # fmt: skip
+    assert metrics["history"][1]["train_loss"] < metrics["history"][0]["train_loss"]
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     train(tmp_path, "--epochs", "1")
     before = weights(tmp_path)
@@ -260,7 +278,10 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_too(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--rule", "magic"], "rule must be one of drtp, pepita, urfb, frfb, ekdaa, shallow, bp"),
+        (
+            ["--rule", "magic"],
+            "rule must be one of drtp, pepita, urfb, frfb, ekdaa, gait, shallow, bp",
+        ),
         (["--model", "vgg"], "model must be fc<L>-<H>"),
         (["--data", "svhn"], "data set must be one of digits, mnist"),
         (
@@ -281,6 +302,10 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_too(
         (["--rule", "ekdaa", "--connectivity", "1"], "connectivity has no meaning for EKDAA, only"),
         (["--rule", "ekdaa", "--upsample", "x"], "upsample must be one of 'argmax', 'nearest'"),
         (["--rule", "ekdaa", "--max-norm", "0"], "max_norm must be positive and finite, got 0.0"),
+        (["--rule", "gait"], "GAITProp needs an inverse of every layer but the first"),
+        (["--rule", "gait", "--vanilla"], "normalised must be true unless form is 'literal'"),
+        (["--rule", "gait", "--form", "x"], "form must be one of 'difference', 'literal', got 'x'"),
+        (["--off-diagonal"], "off_diagonal has no meaning for DRTP, only for GAIT-prop"),
         (["--activation", "sign"], "DRTP needs the derivative of every activation, but that of"),
     ],
 )
@@ -309,6 +334,14 @@ def test_cuda_without_a_gpu(tmp_path: Path) -> None:
         assert "torch sees no CUDA device here: use --device cpu." in refused.stderr
 
 
+def test_a_run_in_float64(tmp_path: Path) -> None:
+    assert train(tmp_path / "wide", "--epochs", "1", "--dtype", "float64").exit_code == 0
+    assert {weight.dtype for weight in weights(tmp_path / "wide").values()} == {torch.float64}
+    refused = train(tmp_path / "half", "--dtype", "float16")
+    assert refused.exit_code == 1
+    assert "dtype must be one of float32, float64, got 'float16'." in refused.stderr
+
+
 def test_cifar_is_standardised_unless_asked_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,9 +350,11 @@ def test_cifar_is_standardised_unless_asked_otherwise(
     seen: list[float] = []
 
     class Recorded(data.Dataset):
-        def to(self, device: torch.device | str) -> data.Dataset:
+        def to(
+            self, device: torch.device | str, dtype: torch.dtype = torch.float32
+        ) -> data.Dataset:
             seen.append(float(self.train_x.mean()))
-            return super().to(device)
+            return super().to(device, dtype)
 
     dataset = Recorded("cifar-10", x, y, x, y, 10, "here")
     monkeypatch.setattr("bpfree.data.load", lambda *_: dataset)

@@ -16,7 +16,13 @@ from typer.testing import CliRunner, Result
 
 import bpfree
 from bpfree.cli import app
-from bpfree.diagnostics import density, feedback_angle, has_feedback_angle, weight_histogram
+from bpfree.diagnostics import (
+    density,
+    feedback_angle,
+    has_feedback_angle,
+    update_angles,
+    weight_histogram,
+)
 
 
 def linear_net() -> nn.Sequential:
@@ -56,6 +62,45 @@ def test_learners_without_an_angle() -> None:
     learner = bpfree.PEPITA(conv(), input_shape=conv_batch()[0].shape[1:])
     with pytest.raises(ValueError, match=r"dense net, but layer '0\.0' is a convolution"):
         feedback_angle(learner)
+
+
+def test_update_angles_are_those_of_the_gradients() -> None:
+    learner = bpfree.DRTP(linear_net(), loss="ce")
+    x, y = torch.randn(9, 6), torch.arange(9) % 3
+    other = bpfree.BP(linear_net(), loss="ce")
+    learner.grads(x, y)
+    other.grads(x, y)
+    wanted = {}
+    for place in (0, 2, 4):
+        a, b = (m[place].weight.grad.double().numpy().ravel() for m in (learner.model, other.model))
+        cosine = (a @ b) / numpy.linalg.norm(a) / numpy.linalg.norm(b)
+        wanted[str(place)] = math.degrees(math.acos(min(1.0, cosine)))
+    before = [p.grad.clone() for p in learner.model.parameters()]
+    angles = update_angles(learner, x, y)
+    assert angles == pytest.approx(wanted, abs=1e-3)
+    assert angles["4"] < 1e-3  # the output layer's is backpropagation's
+    assert 10 < angles["0"] < 170
+    for parameter, grad in zip(learner.model.parameters(), before, strict=True):
+        assert torch.equal(parameter.grad, grad)
+
+
+def test_update_angles_of_a_known_turn() -> None:
+    """FRFB whose feedback is W itself is backpropagation; its negative turns the lowest layer around."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(9, 6), torch.arange(9) % 3
+    for sign, angle in ((1, 0.0), (-1, 180.0)):
+        learner = bpfree.FRFB(model, loss="ce", feedback={"2": sign * model[2].weight.detach()})
+        assert update_angles(learner, x, y) == pytest.approx({"0": angle, "2": 0.0}, abs=0.05)
+
+
+def test_update_angles_leave_out_what_does_not_learn() -> None:
+    model = linear_net()
+    model[2].requires_grad_(False)
+    x, y = torch.randn(9, 6), torch.arange(9) % 3
+    assert update_angles(bpfree.BP(model), x, y) == {"0": 0.0, "4": 0.0}
+    model[4].weight.data.zero_()
+    assert math.isnan(update_angles(bpfree.BP(model), x, y)["0"])
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_histogram_counts_every_weight() -> None:
@@ -113,4 +158,8 @@ def test_a_rule_without_an_angle_still_draws_its_weights(tmp_path: Path) -> None
     done = train(tmp_path, "--rule", "drtp", "--epochs", "1")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
-    assert "feedback_angle" not in (tmp_path / "metrics.json").read_text()
+    (epoch,) = json.loads((tmp_path / "metrics.json").read_text())["history"]
+    assert "feedback_angle" not in epoch
+    by_layer = [name for name in epoch if name.startswith("update_angle_")]
+    assert len(by_layer) == 2
+    assert epoch[by_layer[-1]] < 0.1 < epoch[by_layer[0]]

@@ -330,7 +330,7 @@ class TestArguments:
 
     def test_backend(self) -> None:
         with pytest.raises(ValueError, match="backend must be one of"):
-            bpfree.DRTP(dense(), backend="cuda")
+            bpfree.DRTP(dense(), backend="xpu")
 
     def test_unusable_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from bpfree_kernels import backends

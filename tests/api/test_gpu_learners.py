@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import invertible_nets
 import pytest
 import torch
 from nets import conv, conv_batch, dense, dense_batch
@@ -25,15 +26,25 @@ NETS: dict[str, tuple[Callable[..., nn.Sequential], Callable[..., tuple[Tensor, 
 }
 
 
+INVERTIBLE = {"dense": invertible_nets.dense, "conv": invertible_nets.conv}
+
+
+def _model(rule: str, net: str) -> nn.Sequential:
+    return INVERTIBLE[net](torch.float32) if rule == "gait" else NETS[net][0](dtype=torch.float32)
+
+
 def _learner(rule: str, net: str, device: str, optimizer: str = "sgd") -> bpfree.Learner:
-    model = NETS[net][0](dtype=torch.float32).to(device)
+    model = _model(rule, net).to(device)
     chosen = RULES[rule]
     made = make_optimizer(model.parameters(), optimizer, 0.05)
     return chosen.learner(model, made, loss=chosen.loss, seed=3)
 
 
-def _batch(net: str, device: str) -> tuple[Tensor, Tensor]:
-    x, y = NETS[net][1](dtype=torch.float32)
+def _batch(rule: str, net: str, device: str) -> tuple[Tensor, Tensor]:
+    if rule == "gait":
+        x, y = invertible_nets.batch_for(_model(rule, net))
+    else:
+        x, y = NETS[net][1](dtype=torch.float32)
     return x.to(device), y.to(device)
 
 
@@ -43,7 +54,10 @@ def _batch(net: str, device: str) -> tuple[Tensor, Tensor]:
 def test_learns_as_on_the_cpu(rule: str, net: str, optimizer: str) -> None:
     on_cpu, on_gpu = (_learner(rule, net, device, optimizer) for device in ("cpu", "cuda"))
     for _ in range(3):
-        here, there = on_cpu.step(*_batch(net, "cpu")), on_gpu.step(*_batch(net, "cuda"))
+        here, there = (
+            on_cpu.step(*_batch(rule, net, "cpu")),
+            on_gpu.step(*_batch(rule, net, "cuda")),
+        )
         torch.testing.assert_close(there.loss.cpu(), here.loss, rtol=1e-3, atol=1e-4)
     for (name, weight), other in zip(
         on_cpu.model.named_parameters(), on_gpu.model.parameters(), strict=True
@@ -56,7 +70,7 @@ def test_learns_as_on_the_cpu(rule: str, net: str, optimizer: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_checkpoint_of_a_gpu_goes_on_there(rule: str, net: str, tmp_path: Path) -> None:
     straight, resumed = (_learner(rule, net, "cuda", "adam") for _ in range(2))
-    data = _batch(net, "cuda")
+    data = _batch(rule, net, "cuda")
     straight.fit(data, epochs=1, batch_size=2)
     checkpoint.save(tmp_path / "run.pt", straight, epoch=1, history=[])
     checkpoint.restore(resumed, checkpoint.load(tmp_path / "run.pt"))
@@ -72,7 +86,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_there(rule: str, net: str, tmp_path: Path
 def test_the_model_may_move_between_steps(rule: str) -> None:
     """A learner follows its model from the CPU to the GPU."""
     learner = _learner(rule, "dense", "cpu")
-    x, y = _batch("dense", "cpu")
+    x, y = _batch(rule, "dense", "cpu")
     learner.step(x, y)
     learner.model.to("cuda")
     result = learner.step(x.cuda(), y.cuda())

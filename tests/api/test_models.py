@@ -95,6 +95,41 @@ def test_the_net_of_the_ekdaa_paper(image: tuple[int, ...], flat: int) -> None:
         assert 0.98 * bound < weight.abs().max() <= bound
 
 
+@pytest.mark.parametrize(
+    ("name", "hidden", "units"),
+    [("gait-shallow", 3, 1024), ("gait-deep", 6, 1024), ("gait2-20", 2, 20)],
+)
+def test_the_dense_nets_of_the_gait_paper(name: str, hidden: int, units: int) -> None:
+    """Every layer but the first invertible, the output layer as wide, and the classes handed on."""
+    model = build_model(name, (3, 4, 4), 10)
+    block = ["InvertibleLinear", "LeakyReLU"]
+    assert kinds(model) == ["Flatten", "Linear", "LeakyReLU", *block * (hidden - 1), block[0]]
+    assert {m.negative_slope for m in model if isinstance(m, nn.LeakyReLU)} == {0.1}
+    assert model(torch.randn(2, 3, 4, 4)).shape == (2, 10)
+    first, *others = (layer for layer in model if hasattr(layer, "weight"))
+    narrow = first.weight if units < 48 else first.weight.T
+    torch.testing.assert_close(narrow @ narrow.T, torch.eye(len(narrow)), rtol=0, atol=1e-5)
+    for layer in others:
+        assert layer.weight.shape == (units, units)
+        product = layer.weight @ layer.weight.T
+        torch.testing.assert_close(product, torch.eye(units), rtol=0, atol=1e-5)
+    assert all(layer.bias.count_nonzero() == 0 for layer in (first, *others))
+
+
+@pytest.mark.parametrize(
+    ("image", "flat"), [((1, 28, 28), 784), ((3, 32, 32), 1024), ((1, 7, 9), 96)]
+)
+def test_a_convolutional_net_for_gait(image: tuple[int, ...], flat: int) -> None:
+    model = build_model("gait-conv", image, 10)
+    act = "LeakyReLU"
+    assert kinds(model) == ["Conv2d", act, "InvertibleConv2d", act, "Flatten", "InvertibleLinear"]
+    assert [tuple(p.shape) for p in model.parameters() if p.dim() > 1] == [
+        (16, image[0], 3, 3), (144, 16, 3, 3), (flat, flat),
+    ]  # fmt: skip
+    assert model[2].outputs == 16
+    assert model(torch.randn(2, *image)).shape == (2, 10)
+
+
 def test_simpnet_can_be_had_otherwise() -> None:
     model = build_model(
         "simpnet", (1, 8, 8), 10, activation="relu", dropout=0.0, bias=True, init="torch"
@@ -180,8 +215,12 @@ def test_bad_arguments_are_refused() -> None:
         build_model("fc1-10", (8,), 10, activation="swish")
     with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1.0"):
         build_model("fc1-10", (8,), 10, dropout=1.0)
-    with pytest.raises(ValueError, match="init must be one of torch, he, glorot, got 'lecun'"):
+    with pytest.raises(
+        ValueError, match="init must be one of torch, he, glorot, orthogonal, got 'lecun'"
+    ):
         build_model("fc1-10", (8,), 10, init="lecun")
+    with pytest.raises(ValueError, match=r"outputs must lie in 1 to 8, .* got 10"):
+        build_model("gait1-8", (8,), 10)
     for shape in ((64,), (1, 5, 28)):
         with pytest.raises(ValueError, match=r"conv-pepita .* 6 by 6 at least, got"):
             build_model("conv-pepita", shape, 10)

@@ -7,7 +7,13 @@ import torch
 from nets import conv, dense
 from torch import nn
 
-from bpfree.nn import LocallyConnected2d, SaturatedLinear, Signum
+from bpfree.nn import (
+    InvertibleConv2d,
+    InvertibleLinear,
+    LocallyConnected2d,
+    SaturatedLinear,
+    Signum,
+)
 from bpfree.stages import parse
 
 
@@ -100,6 +106,25 @@ def test_locally_connected_layers_are_stages() -> None:
     assert network.trace((3, 9, 8)) == {"0": (4, 4, 3), "3": (2,)}
     with pytest.raises(ValueError, match=r"layer '0'.*map of \(3, 9, 8\), but gets \(3, 8, 9\)"):
         network.trace((3, 8, 9))
+
+
+def test_invertible_layers_hand_on_a_part() -> None:
+    model = nn.Sequential(
+        InvertibleConv2d(3, 3, 2, "same", features=4), nn.LeakyReLU(0.1), nn.Flatten(),
+        InvertibleLinear(80, outputs=7), InvertibleLinear(7, bias=False),
+    )  # fmt: skip
+    network = parse(model)
+    assert network.trace((3, 9, 8)) == {"0": (4, 5, 4), "3": (7,), "4": (7,)}
+    assert [stage.outputs for stage in network.stages] == [4, 7, 7]
+    assert [stage.has_auxiliary for stage in network.stages] == [True, True, False]
+    weight, bias = network.hidden[1].first()
+    assert torch.equal(weight, model[3].weight[:7])
+    assert torch.equal(bias, model[3].bias[:7])
+    assert network.output.first() == (model[4].weight, None)
+    model[4].outputs = 2
+    assert network.classes == 2
+    with pytest.raises(ValueError, match=r"layer '0'.*map of \(3, height, width\)"):
+        network.trace((2, 9, 8))
 
 
 def test_trace_gives_maps_before_pooling() -> None:

@@ -39,13 +39,13 @@ class Dataset:
         """Shape of one image, (channels, height, width)."""
         return tuple(self.train_x.shape[1:])
 
-    def to(self, device: torch.device | str) -> Dataset:
-        """The same data set with its tensors on `device`."""
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Dataset:
+        """The same data set with its tensors on `device`, the images of type `dtype`."""
         return replace(
             self,
-            train_x=self.train_x.to(device),
+            train_x=self.train_x.to(device, dtype),
             train_y=self.train_y.to(device),
-            test_x=self.test_x.to(device),
+            test_x=self.test_x.to(device, dtype),
             test_y=self.test_y.to(device),
         )
 

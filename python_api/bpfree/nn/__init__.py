@@ -9,6 +9,7 @@ from bpfree.nn.feedback import (
     FeedbackLocallyConnected2d,
     feedback_weights,
 )
+from bpfree.nn.invertible import InvertibleConv2d, InvertibleLinear
 from bpfree.nn.local import LocallyConnected1d, LocallyConnected2d
 from bpfree.nn.loss import MultiClassHingeLoss
 from bpfree.nn.untie import untie
@@ -19,6 +20,8 @@ __all__ = [
     "FeedbackConv2d",
     "FeedbackLinear",
     "FeedbackLocallyConnected2d",
+    "InvertibleConv2d",
+    "InvertibleLinear",
     "LocallyConnected1d",
     "LocallyConnected2d",
     "MultiClassHingeLoss",

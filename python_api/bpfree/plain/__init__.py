@@ -2,7 +2,8 @@
 
 from bpfree.plain.drtp import PlainDRTP
 from bpfree.plain.ekdaa import PlainEKDAA
+from bpfree.plain.gait import PlainGAIT
 from bpfree.plain.pepita import PlainPEPITA
 from bpfree.plain.urfb import PlainURFB
 
-__all__ = ["PlainDRTP", "PlainEKDAA", "PlainPEPITA", "PlainURFB"]
+__all__ = ["PlainDRTP", "PlainEKDAA", "PlainGAIT", "PlainPEPITA", "PlainURFB"]

@@ -207,6 +207,10 @@ class Learner(ABC):
             self._check_batch(x, y)
             return self._learn(x, y, GradientStore())
 
+    def loss_grads(self, x: Tensor, y: Tensor) -> StepResult:
+        """As `grads`, without what a regulariser of the rule would add."""
+        return self.grads(x, y)
+
     def fit(
         self,
         data: training.Data,
@@ -323,8 +327,8 @@ class Learner(ABC):
         lines = [f"  {stage}: {self._explain_stage(stage)}" for stage in self.network.stages]
         return "\n".join([f"{type(self).__name__}, loss {describe(self.loss)}, {runs}", *lines])
 
-    def _explain_updates(self, stage: Stage, *, apart: str) -> str:
-        """How the optimizer reaches a layer; `apart` says why no op both computes and applies."""
+    def _explain_updates(self, stage: Stage, *, apart: str, op: str = "apply_update") -> str:
+        """How the optimizer reaches a layer; `apart`: why `op` applies what another op computed."""
         if self._updates is None:
             return "gradients only, because the learner has no optimizer"
         parameters = dict(stage.layer.named_parameters(recurse=False))
@@ -338,7 +342,7 @@ class Learner(ABC):
         if outside:
             return f".grad and {optimizer}.step() ({', '.join(sorted(outside))})"
         if apart:
-            return f"gradient, then {optimizer} by apply_update ({apart})"
+            return f"gradient, then {optimizer} by {op} ({apart})"
         if not bridge.can_fuse(stage.layer.weight, stage.layer.bias):
             return (
                 f"gradient, then {optimizer} by apply_update (weight and bias do not learn alike)"
@@ -349,7 +353,7 @@ class Learner(ABC):
 
     def _check_layers(self) -> None:
         for stage in self.network.stages:
-            if not isinstance(stage.layer, self.layers):
+            if type(stage.layer) not in self.layers:  # exact: an invertible Linear is another thing
                 known = ", ".join(kind.__name__ for kind in self.layers)
                 raise TypeError(
                     f"{type(self).__name__} trains {known}, but layer {stage.name!r} is a "

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import bpfree_kernels as kernels
 from bpfree.losses import Loss
 from bpfree.rules import _between
-from bpfree.rules._feedback_learner import FeedbackLearner, Passed
+from bpfree.rules._feedback_learner import FeedbackLearner
+from bpfree.rules._layerwise import Passed
 from bpfree.rules._products import place_of
 from bpfree.stages import Stage
 from bpfree_kernels.update import UpdateRule

@@ -12,8 +12,8 @@ import bpfree_kernels as kernels
 from bpfree.losses import Loss, name_of
 from bpfree.nn import LocallyConnected2d
 from bpfree.nn.connectivity import clear_outside
-from bpfree.rules import _between
-from bpfree.rules._feedback_learner import FeedbackLearner, Passed
+from bpfree.rules._feedback_learner import FeedbackLearner
+from bpfree.rules._layerwise import Passed
 from bpfree.stages import Layer, Stage
 from bpfree_kernels.update import UpdateRule
 
@@ -88,9 +88,6 @@ class URFB(FeedbackLearner):
 
     def _scale(self, samples: int, classes: int) -> float:
         return kernels.gradient_scale(name_of(self.loss), samples, classes)
-
-    def _leave(self, stage: Stage, y: Tensor) -> tuple[Tensor, _between.WayBack]:
-        return _between.run(stage.after, y)
 
     def _carry_down(self, signal: Tensor, stage: Stage, x: Tensor, below: Passed) -> Tensor:
         feedback = self._feedback[stage.name]
