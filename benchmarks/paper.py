@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from results import run_header
 
 from bpfree import Learner
 from bpfree.metrics import summarize
+from bpfree.plots import angle_curves, make_figure
 from bpfree.progress import make_reporter
 from bpfree.train_run import TrainConfig, TrainRun
 
@@ -34,6 +36,7 @@ class Row:
         paper: the paper's figure.
         options: beside the table's.
         rates: learning rate of each layer; 0 freezes it. Without them all have that of the options.
+        orthogonal_feedback: whether random feedback is made orthogonal.
         note: added to the name.
     """
 
@@ -43,6 +46,7 @@ class Row:
     options: dict[str, object] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     note: str = ""
+    orthogonal_feedback: bool = False
 
     @property
     def name(self) -> str:
@@ -61,6 +65,8 @@ class Table:
     options: dict[str, object]
     rows: tuple[Row, ...]
     epochs_shown: tuple[int, ...] = ()
+    eps: float | None = None  # of Adam, for gradients that are sums over the batch
+    angles: bool = False  # follow each layer's angle to backprop's update, and draw it
 
 
 _PEPITA_NET = {
@@ -73,6 +79,7 @@ _EKDAA_NET = {
     "model": "ekdaa", "data": "fashion-mnist", "epochs": 5, "batch_size": 50, "optimizer": "sgd",
     "momentum": 0.9, "lr": 5e-4, "loss": "ce",
 }  # fmt: skip
+_GAIT_EPOCHS = 6
 _ON_THE_MEAN: dict[str, object] = {"lr": 0.025}
 _FROZEN_CONVOLUTIONS = (0.0, 0.0, 0.0, 5e-4, 5e-4)
 
@@ -82,7 +89,38 @@ def _at_rates(rates: str, seeds: tuple[int, ...]) -> Row:
     return Row("ekdaa", seeds, "-", rates=tuple(map(float, rates.split(","))), note=rates)
 
 
+def _gait(name: str, hidden: str, figures: str) -> Table:
+    """Accuracies of a dense net of the GAIT paper; `figures` are the paper's, by rule."""
+    gp, vanilla, bp, fa = figures.split()
+    penalty = {"orthogonal_penalty": 100.0}
+    literal = {**penalty, "form": "literal", "normalised": False}
+    return Table(
+        f"GAIT-prop: CIFAR-10, 3072-{hidden}-1024 (the first 10 outputs are logits), leaky ReLU 0.1, "
+        "orthogonal start, cross-entropy, Adam lr 1.9e-5 (FA 2.5e-5), eps 1e-6 on sums over the batch, "
+        f"batch 256, {_GAIT_EPOCHS} epochs, regulariser of GP 100. The paper's errors are those after 200 "
+        "epochs. gait is normalised GP in the difference form and float32, the literal form is "
+        "vanilla GP in float64 (the paper's), frfb FA with orthogonal feedback, shallow the control whose "
+        "hidden layers are frozen",
+        {
+            "model": name, "data": "cifar-10", "epochs": _GAIT_EPOCHS, "batch_size": 256, "lr": 1.9e-5,
+            "optimizer": "adam", "loss": "ce", "standardize": False,
+        },
+        (
+            Row("gait", (0,), gp, {"rule_options": penalty}),
+            Row("gait", (0,), vanilla, {"rule_options": literal, "dtype": "float64"}),
+            Row("bp", (0,), bp),
+            Row("frfb", (0,), fa, {"lr": 2.5e-5}, orthogonal_feedback=True),
+            Row("shallow", (0,), "-"),
+        ),
+        tuple(range(1, _GAIT_EPOCHS + 1)),
+        eps=1e-6,
+        angles=True,
+    )  # fmt: skip
+
+
 TABLES = {
+    "gait-cifar-shallow": _gait("gait-shallow", "1024-1024-1024", "46.3 46.2 46.8 48.7"),
+    "gait-cifar-deep": _gait("gait-deep", "1024-1024-1024-1024-1024-1024", "48.0 85.2 47.5 61.8"),
     "drtp-mnist": Table(
         "DRTP, Table 1: MNIST, FC1-500, tanh, sigmoid + BCE, Adam lr 1.5e-4, batch 60, 100 epochs, "
         "no dropout; test error %, mean of the last ten epochs",
@@ -222,10 +260,18 @@ def run(table: Table, row: Row, seed: int, data_dir: Path | None, out: Path) -> 
         seed=seed,
         weight_decay=None,
         threads=None,
+        diagnostics=table.angles,
     )
     training = TrainRun(config, out, data_dir)
     if row.rates:
         _set_rates(training.learner, row.rates)
+    if table.eps is not None:
+        (group,) = cast(torch.optim.Optimizer, training.learner.optimizer).param_groups
+        # Adam's steps do not depend on the size of the gradients, but for eps: GAIT-prop's are sums.
+        group["eps"] = table.eps / (1 if row.rule == "gait" else config.batch_size)
+    if row.orthogonal_feedback:
+        for feedback in training.learner.feedback.values():
+            torch.nn.init.orthogonal_(feedback)
     first = training.learner.network.stages[0].layer.weight
     start = first.detach().clone()
     with make_reporter(config.epochs, 0, training.batches) as reporter:
@@ -238,6 +284,8 @@ def run(table: Table, row: Row, seed: int, data_dir: Path | None, out: Path) -> 
         "mean_test_error": summary.mean_test_error, "last_test_error": summary.test_error,
         "seconds_of_learning": summary.seconds, "hidden_weight_change": moved,
         "history": [result.validation_accuracy for result in training.history],
+        "train_history": [result.train_accuracy for result in training.history],
+        "angles": {} if training.diagnostics is None else training.diagnostics.angles,
     }  # fmt: skip
 
 
@@ -262,7 +310,38 @@ def write(name: str, table: Table, records: list[dict[str, Any]]) -> None:
         + f"{r['seconds_of_learning']:.0f} | {r['hidden_weight_change']:.2g} |"
         for r in records
     ]
+    if table.angles:
+        draw_angles(path.with_suffix(".png"), {r["rule"]: r["angles"] for r in records})
+        lines += [
+            "",
+            "After each epoch, angle in degrees of each layer's update to backprop's (256 images):",
+            "",
+        ]
+        lines += [
+            f"![angles]({path.name}.png)",
+            "",
+            "| rule | layer | angles |",
+            "| --- | --- | --- |",
+        ]
+        lines += [
+            f"| {r['rule']} | {layer.removeprefix('update_angle_')} | "
+            + ", ".join(f"{angle:.3g}" for angle in values)
+            + " |"
+            for r in records
+            for layer, values in r["angles"].items()
+        ]
     path.with_suffix(".md").write_text("\n".join([*lines, ""]))
+
+
+def draw_angles(path: Path, angles: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Draw the angles of each rule that has them, side by side."""
+    angles = {rule: of_layers for rule, of_layers in angles.items() if of_layers}
+    figure, all_axes = make_figure(len(angles))
+    for axes, (rule, of_layers) in zip(all_axes, angles.items(), strict=True):
+        angle_curves(axes, of_layers)
+        axes.set_title(rule, fontsize="small")
+        axes.set_ylim(0, 180 if max(max(v) for v in of_layers.values()) > 100 else 100)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
