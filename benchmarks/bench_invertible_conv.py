@@ -239,8 +239,8 @@ def test_exactness(benchmark: BenchmarkFixture) -> None:
     )
     for slope in (1.0, 0.5, 0.1):
         NOTES.append(
-            "An image through six invertible convolutions (3x3 by 1, 3 of 27 channels handed on), leaky ReLUs "
-            f"of slope {slope} between them, and back, float32: largest error {_round_trip(slope):.1e}."
+            "An image through six invertible convolutions (3x3 by 1, 3 of 27 channels handed on), leaky "
+            f"ReLUs of slope {slope} between them, and back, float32: largest error {_round_trip(slope):.1e}."
         )
     benchmark.extra_info.update(angles)
     benchmark.pedantic(update_angles, args=(bpfree.GAITProp(model), x, y), rounds=1, iterations=1)

@@ -187,6 +187,11 @@ def ops() -> tuple[str, ...]:
     return tuple(_bodies)
 
 
+def bodies_of(op: str) -> tuple[str, ...]:
+    """The backends that have a body of the op named `op`: C++, one for GPUs, and the reference."""
+    return ("cpp", _bodies[op].gpu, "reference")
+
+
 def register_bodies(
     library: torch.library.Library,
     name: str,
@@ -225,10 +230,8 @@ def body(name: str, device_type: str, backend: str | None) -> Callable[..., Any]
     if backend is None:
         return getattr(torch.ops.bpfree, name).default  # type: ignore[no-any-return]
     state = status(backend)
-    if backend in ("triton", "cuda") and backend != _bodies[name].gpu:
-        raise ValueError(
-            f"backend must be one of cpp, {_bodies[name].gpu} or reference for {name}, got {backend!r}."
-        )
+    if backend not in (known := bodies_of(name)):
+        raise ValueError(f"backend must be one of {', '.join(known)} for {name}, got {backend!r}.")
     if not state.usable:
         raise RuntimeError(f"backend {backend!r} is not usable: {state.reason}.")
     if backend == "reference":

@@ -13,6 +13,7 @@ gradient 4 λ G W: it shares G.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, cast
 
 import torch
@@ -204,20 +205,29 @@ def invert(
     check_square("weight", weight)
     if tolerance is None:
         tolerance = 1e-13 if weight.dtype == torch.float64 else 1e-5
-    solution = None if start is None else _refine(weight, start, tolerance, max_steps, backend)
-    if solution is not None:
-        return solution
+    if start is not None:
+        checks.like("start", start, "weight", weight)
+        solution = _refine(weight, start, tolerance, max_steps, backend)
+        if solution is not None:
+            return solution
     decomposed, info = torch.linalg.inv_ex(weight.flatten(1))
     if info.item() == 0:
         start = decomposed.t().contiguous().view(weight.shape)
         solution = refine_inverse(weight, start, backend=backend)
         if solution.residual.item() <= WORST_RESIDUAL:  # false for NaN, too
             return solution
-    condition = torch.linalg.cond(weight.flatten(1).double()).item()
     raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
         f"weight {tuple(weight.shape)} cannot be inverted in {weight.dtype}: its condition number is "
-        f"{condition:.1e}."
+        f"{_condition(weight):.1e}."
     )
+
+
+def _condition(weight: Tensor) -> float:
+    """The largest singular value over the smallest: infinite where that is 0; NaN without finite ones."""
+    if not torch.isfinite(weight).all():
+        return math.nan
+    values = torch.linalg.svdvals(weight.flatten(1).double()).tolist()
+    return values[0] / values[-1] if values[-1] > 0 else math.inf
 
 
 def _refine(

@@ -4,7 +4,7 @@ A convolution with as many outputs as its window has values, out = in · kernel_
 weight M when it is taken as [out, in · kernel_h · kernel_w]: every position tells its whole patch. With
 a = f(z), z = W ∗ x + b and ∗ᵀ the transposed convolution::
 
-    reconstruction   x̂ = W⁻ᵀ ∗ᵀ (f⁻¹(u) − b) − (n − 1) ⊙ x,   u = a + γ f′² (t − a)   (Ahmad et al., 2021)
+    reconstruction   x̂ = W⁻ᵀ ∗ᵀ (f⁻¹(u) − b) − (n − 1) ⊙ x,   u = a + γ f′² (t − a)   (Dalm et al., 2021)
     error            δ_x = (W⁻ᵀ ∗ᵀ δ) ⊙ f′(z_x)
 
 W⁻ᵀ is the inverse of Mᵀ in W's shape, n how many windows hold a value of x, which the geometry tells: where

@@ -13,7 +13,8 @@ from bpfree_kernels.reference.update import apply_rule
 def orthogonality(weight: Tensor) -> Tensor:
     """W Wᵀ − I."""
     rows = weight.flatten(1)
-    return rows @ rows.t() - _identity(rows)
+    gram = rows @ rows.t()  # whose last digits need not be symmetric
+    return gram.triu() + gram.triu(1).t() - _identity(rows)
 
 
 def solve_nearly_orthogonal(
@@ -21,15 +22,15 @@ def solve_nearly_orthogonal(
 ) -> tuple[Tensor, Tensor]:
     """The series for v (I + G)⁻¹, and the size of its last term."""
     value, term = signal.clone(), signal
-    size = torch.linalg.vector_norm(signal)
+    size = _length(signal)
     residual = torch.zeros_like(size)
     for _ in range(max_terms):
         term = -(term @ orthogonality)
         value += term
-        residual = torch.where(size > 0, torch.linalg.vector_norm(term) / size, size)
+        residual = torch.where(size > 0, _length(term) / size, size)
         if not value.is_cuda and residual <= tolerance:
             break
-    return value, residual
+    return value, residual.to(signal.dtype)
 
 
 def refine_inverse(weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,12 @@ def orthogonal_update(
         orthogonality = orthogonality - torch.diag(orthogonality.diagonal())
     regular = (orthogonality @ weight.flatten(1)).view(weight.shape)
     apply_rule(weight, grad + 4 * penalty * regular, *update)
+
+
+def _length(signal: Tensor) -> Tensor:
+    """‖signal‖, also where squares in its dtype would be 0 or infinite."""
+    length: Tensor = torch.linalg.vector_norm(signal, dtype=torch.float64)
+    return length
 
 
 def _identity(rows: Tensor) -> Tensor:
