@@ -89,7 +89,7 @@ def _at_rates(rates: str, seeds: tuple[int, ...]) -> Row:
 
 
 def _gait(name: str, hidden: str, epochs: int, figures: str) -> Table:
-    """A dense net of the GAIT paper, of which vanilla GP's epochs take 15 minutes; errors of the paper by rule."""
+    """A dense net of the GAIT paper; vanilla GP's epochs take 15 minutes. `figures`: the paper's errors."""
     gp, vanilla, bp, fa = figures.split()
     penalty = {"orthogonal_penalty": 100.0}
     literal = {**penalty, "form": "literal", "normalised": False}
