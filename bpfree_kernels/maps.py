@@ -21,4 +21,7 @@ def as_maps(maps: Tensor) -> Tensor:
 
 def like_maps(maps: Tensor, other: Tensor) -> Tensor:
     """Maps in the order in memory of other maps."""
-    return maps.contiguous(memory_format=map_order(other))
+    order = map_order(other)
+    if maps.numel() == 0:  # contiguous by any strides, as torch sees it
+        return torch.empty_like(maps, memory_format=order)
+    return maps.contiguous(memory_format=order)

@@ -14,14 +14,25 @@ import pytest
 
 from bpfree_kernels import backends
 
-DEVICES = {"reference": ["cpu"], "cpp": ["cpu"], "triton": ["cpu"]}
+DEVICES: dict[str, list[str]] = {
+    "cpp": ["cpu"],
+    "triton": ["cpu"],
+    "cuda": [],
+    "reference": ["cpu"],
+}
 if torch.cuda.is_available():
-    DEVICES = {"reference": ["cpu", "cuda"], "cpp": ["cpu"], "triton": ["cuda"]}
+    DEVICES |= {"triton": ["cuda"], "cuda": ["cuda"], "reference": ["cpu", "cuda"]}
 
-TARGETS = [(backend, device) for backend, devices in DEVICES.items() for device in devices]
+TYPICAL_OP = "apply_update"
+"""An op with the bodies that most have. Tests of others are marked ``op("their name")``."""
 
 
-@pytest.fixture(params=TARGETS, ids=lambda target: "-".join(target))
+def targets_of(op: str) -> list[tuple[str, str]]:
+    """The (backend, device) pairs of an op's bodies on this machine."""
+    return [(backend, device) for backend in backends.bodies_of(op) for device in DEVICES[backend]]
+
+
+@pytest.fixture(params=targets_of(TYPICAL_OP), ids=lambda target: "-".join(target))
 def target(request: pytest.FixtureRequest) -> tuple[str, str]:
     """Every (backend, device) pair that this machine can run; the test is skipped on the others."""
     backend, device = request.param

@@ -331,6 +331,8 @@ class TestArguments:
     def test_backend(self) -> None:
         with pytest.raises(ValueError, match="backend must be one of"):
             bpfree.DRTP(dense(), backend="xpu")
+        with pytest.raises(ValueError, match="backend of a learner must be 'cpp', .* got 'cuda'"):
+            bpfree.DRTP(dense(), backend="cuda")
 
     def test_unusable_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from bpfree_kernels import backends

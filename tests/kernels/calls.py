@@ -10,6 +10,7 @@ import torch
 import bpfree_kernels as bk
 
 from . import cases
+from .invertible_layers import Layer, draw
 
 Arguments = dict[str, Any]
 
@@ -118,6 +119,39 @@ def _conv_error() -> Arguments:
     }  # fmt: skip
 
 
+INVERTIBLE = Layer(5, 2, (4, 3), (3, 2), {"stride": (2, 1), "padding": (1, 0)})
+"""4 × 3 to 2 × 2 maps, 2 to 12 channels."""
+
+
+def _invertible(*names: str, **others: Any) -> Arguments:
+    """The tensors named of an invertible layer."""
+    tensors = vars(draw(INVERTIBLE, torch.float32, "cpu"))
+    return {**{name: tensors[name] for name in names}, **others}
+
+
+def _reconstruction() -> Arguments:
+    names = ("output", "x", "inverse", "bias", "target", "rate")
+    return _invertible(*names, **INVERTIBLE.place)
+
+
+def _carried_down() -> Arguments:
+    t = _invertible("output", "inverse", "x")
+    features = {"signal": t["output"][:, :7], "inverse": t["inverse"][:7]}
+    return {**features, "input_size": (4, 3), "gate": t["x"], **INVERTIBLE.place}
+
+
+def _refinement(name: str) -> Arguments:
+    arguments = _invertible("weight", "inverse")
+    return {"weight": arguments["weight"], name: arguments["inverse"]}
+
+
+def _regularised() -> Arguments:
+    arguments = _invertible("weight", update=bk.Adam(0.1), penalty=0.5)
+    state = arguments["update"].new_param_state(arguments["weight"])
+    grad, gram = torch.randn(12, 2, 3, 2), torch.randn(12, 12)
+    return {**arguments, "grad": grad, "orthogonality": gram + gram.t(), "state": state}
+
+
 def _signal() -> Arguments:
     return {"z": torch.randn(5, 6), **_layer("feedback", "labels")}
 
@@ -158,6 +192,23 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
     "ekdaa_error": (bk.ekdaa_error, _error),
     "ekdaa_linear_error": (bk.ekdaa_linear_error, _linear_error),
     "ekdaa_conv_error": (bk.ekdaa_conv_error, _conv_error),
+    "orthogonality": (bk.orthogonality, lambda: _invertible("weight")),
+    "solve_nearly_orthogonal": (
+        bk.solve_nearly_orthogonal,
+        lambda: {"signal": torch.randn(5, 12), "orthogonality": torch.eye(12) / 4},
+    ),
+    "refine_inverse": (bk.refine_inverse, lambda: _refinement("inverse")),
+    "invert": (bk.invert, lambda: _refinement("start")),
+    "orthogonal_update": (bk.orthogonal_update, _regularised),
+    "invertible_conv_reconstruct": (bk.invertible_conv_reconstruct, _reconstruction),
+    "invertible_conv_error": (bk.invertible_conv_error, _carried_down),
     "apply_update": (bk.apply_update, _update),
 }  # fmt: skip
 """Every public function, with arguments that are right for it."""
+
+_MADE_OF = {"local_conv": "local_conv_forward", "invert": "refine_inverse"}
+
+
+def bodies_of(function: str) -> tuple[str, ...]:
+    """The backends that have a body of a public function, or of the op that it calls first."""
+    return bk.backends.bodies_of(_MADE_OF.get(function, function))

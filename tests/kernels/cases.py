@@ -55,6 +55,8 @@ def supported_dtypes(backend: str, device: str) -> tuple[torch.dtype, ...]:
     """The dtypes that a backend computes in on a device."""
     if backend == "triton":
         return (torch.float32, torch.bfloat16, torch.float16)
+    if backend == "cuda":
+        return (*bk.checks.GPU_DTYPES, torch.float64)
     return bk.checks.GPU_DTYPES if device == "cuda" else bk.checks.CPU_DTYPES
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,16 @@ _PARENT = str(Path(__file__).parents[1] / "conftest.py")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Combine `target` with the dtypes and shapes that its backend supports.
 
-    Tests marked ``native`` leave Triton's interpreter out.
+    Tests marked ``native`` leave Triton's interpreter out, those marked ``op`` take that op's targets.
     """
     wanted = [name for name in ("dtype", "shape") if name in metafunc.fixturenames]
     native = metafunc.definition.get_closest_marker("native") is not None
-    if "target" not in metafunc.fixturenames or not (wanted or native):
+    op = metafunc.definition.get_closest_marker("op")
+    if "target" not in metafunc.fixturenames or not (wanted or native or op):
         return
     combinations, ids = [], []
-    for target in metafunc.config.pluginmanager.get_plugin(_PARENT).TARGETS:
+    parent = metafunc.config.pluginmanager.get_plugin(_PARENT)
+    for target in parent.targets_of(op.args[0] if op else parent.TYPICAL_OP):
         if native and target == _INTERPRETER:
             continue
         for values in _values(target, wanted):
@@ -70,3 +73,11 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
         monkeypatch.setattr(checks, "CPU_DTYPES", (*checks.CPU_DTYPES, request.param))
     chosen: torch.dtype = request.param
     return chosen
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled in one test is seen by the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -10,10 +10,11 @@ from torch import Tensor
 
 import bpfree_kernels as bk
 
-from .calls import FUNCTIONS, Arguments
+from .calls import FUNCTIONS, Arguments, bodies_of
 from .cases import SMALL
 from .mistake import Mistake, replaced
 from .mistakes_ekdaa import EKDAA_MISTAKES
+from .mistakes_invertible import INVERTIBLE_MISTAKES
 from .mistakes_local_conv import LOCAL_CONV_MISTAKES
 from .mistakes_signals import SIGNAL_MISTAKES
 
@@ -29,7 +30,8 @@ STEPS = (
     "drtp_linear_step", "classifier_step", "dense_step", "pepita_linear_step", "local_conv_step",
     "conv_step",
 )  # fmt: skip
-UPDATES = (*STEPS, "apply_update")
+PARAM_UPDATES = ("apply_update", "orthogonal_update")
+UPDATES = (*STEPS, *PARAM_UPDATES)
 DENSE_GRADS = ("drtp_linear_grad", "classifier_grad", "dense_grad", "pepita_linear_grad")
 GRADS = (*DENSE_GRADS, "local_conv_grad", "conv_grad")
 WITH_FEEDBACK = (*DRTP, "drtp_signal")
@@ -74,6 +76,7 @@ MISTAKES = {
     **SIGNAL_MISTAKES,
     **LOCAL_CONV_MISTAKES,
     **EKDAA_MISTAKES,
+    **INVERTIBLE_MISTAKES,
     "no classes": Mistake(
         CLASSIFIER,
         lambda a: {"weight": a["weight"][:0], "bias": None, "state": None}
@@ -107,7 +110,7 @@ MISTAKES = {
         STEPS, lambda a: {"state": a["state"].weight}, TypeError, ("state", "ParamState")
     ),
     "state of a layer for a parameter": Mistake(
-        ("apply_update",), lambda a: {"state": bk.LayerState(a["state"], bk.ParamState())},
+        PARAM_UPDATES, lambda a: {"state": bk.LayerState(a["state"], bk.ParamState())},
         TypeError, ("state", "LayerState"),
     ),
     # dtypes
@@ -249,9 +252,14 @@ MISTAKES = {
         ("off_class", "finite", "nan"),
     ),
     "unknown backend": Mistake(
-        tuple(FUNCTIONS), lambda _: {"backend": "cuda"}, ValueError,
-        ("backend", "cpp", "triton", "reference", "'cuda'"),
+        tuple(FUNCTIONS), lambda _: {"backend": "xpu"}, ValueError,
+        ("backend", "cpp", "triton", "cuda", "reference", "'xpu'"),
     ),
+    **{f"no {backend} body": Mistake(
+        tuple(name for name in FUNCTIONS if backend not in bodies_of(name)),
+        lambda _, backend=backend: {"backend": backend}, ValueError,
+        ("backend", f"cpp, {other}, reference", repr(backend)),
+    ) for backend, other in (("cuda", "triton"), ("triton", "cuda"))},
     "lr of two numbers": Mistake(
         UPDATES, lambda _: {"update": bk.Adam(torch.tensor([0.1, 0.2]))},
         ValueError, ("lr", "(2,)"),

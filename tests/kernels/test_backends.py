@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -114,11 +115,12 @@ def test_without_triton() -> None:
 
 def test_with_everything_switched_off() -> None:
     """A comma-separated list switches off several backends; the reference is always there."""
-    seen = report(BPFREE_DISABLE="cpp,triton", TRITON_INTERPRET="1")
+    seen = report(BPFREE_DISABLE="cpp,triton, cuda", TRITON_INTERPRET="1")
     assert seen["weight"] == LEARNT
     assert seen["default"] == ["reference", "reference"]
-    assert [seen["status"][name][0] for name in backends.BACKENDS] == [False, False, True]
-    assert "switched off" in seen["status"]["triton"][1]
+    assert [seen["status"][name][0] for name in backends.BACKENDS] == [False, False, False, True]
+    for name in ("triton", "cuda"):
+        assert "switched off" in seen["status"][name][1]
     assert len(seen["warnings"]) == 1
     assert seen["modules"] == []
 
@@ -146,25 +148,90 @@ def test_status_of_each_backend() -> None:
         assert isinstance(state.usable, bool)
         assert len(state.reason) > 10
     assert backends.status("reference").usable
-    with pytest.raises(ValueError, match=r"cpp, triton, reference, got 'cuda'"):
-        backends.status("cuda")
+    with pytest.raises(ValueError, match=r"cpp, triton, cuda, reference, got 'xpu'"):
+        backends.status("xpu")
 
 
+EXTENSIONS = {
+    "cpp": ("EXTENSION", backends._load_extension, "C++20 compiler"),
+    "cuda": ("CUDA_EXTENSION", backends._load_cuda_extension, "nvcc"),
+}
+
+
+@pytest.mark.parametrize("backend", EXTENSIONS)
 def test_an_extension_that_is_missing_or_broken(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Not built: how to build it. Built for something else: what the loader says."""
+    """Not built: how to build it, and what with. Built for something else: what the loader says."""
+    attribute, cached, tool = EXTENSIONS[backend]
+    library = tmp_path / getattr(backends, attribute).name
     monkeypatch.delenv("BPFREE_DISABLE", raising=False)
-    monkeypatch.setattr(backends, "EXTENSION", tmp_path / "libbpfree_cpu.so")
-    load = backends._load_extension.__wrapped__
+    monkeypatch.setattr(backends, attribute, library)
+    monkeypatch.setattr(torch.version, "hip", None)
+    load = cached.__wrapped__
     missing = load()
     assert not missing.usable
-    assert "libbpfree_cpu.so is missing" in missing.reason
-    assert "pip install" in missing.reason
-    (tmp_path / "libbpfree_cpu.so").write_text("not a library")
+    for words in (f"{library.name} is missing", tool, "pip install"):
+        assert words in missing.reason
+    library.write_text("not a library")
     broken = load()
     assert not broken.usable
     assert "does not load" in broken.reason
+    monkeypatch.setenv("BPFREE_DISABLE", f"triton,{backend}")
+    assert load() == backends.Status(False, f"switched off by BPFREE_DISABLE=triton,{backend}")
+
+
+def test_cuda_bodies_are_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm loads no CUDA library; a library without a device is no usable backend, and says so."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in backends._load_cuda_extension.__wrapped__().reason
+    loaded = backends.Status(True, "loaded libbpfree_cuda.so")
+    monkeypatch.setattr(backends, "_load_cuda_extension", lambda: loaded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    state = backends.status("cuda")
+    assert not state.usable
+    assert "no CUDA device" in state.reason
+
+
+def test_an_unknown_backend_is_not_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with a slip in it must not leave on what was meant to be off."""
+    monkeypatch.setenv("BPFREE_DISABLE", "cpp,trition")
+    with pytest.raises(ValueError, match=r"BPFREE_DISABLE.*cpp, triton and cuda, got trition"):
+        backends._load_extension.__wrapped__()
+
+
+GAIT = {
+    "orthogonality", "solve_nearly_orthogonal", "refine_inverse", "orthogonal_update",
+    "invertible_conv_reconstruct", "invertible_conv_error",
+}  # fmt: skip
+"""The ops whose GPU body is CUDA C++."""
+
+
+def test_bodies_of_each_op() -> None:
+    """Each op has one body for GPUs: Triton's is there by the op's name, CUDA's for those of GAIT-prop."""
+    assert set(backends.ops()) >= GAIT
+    for op in backends.ops():
+        gpu = "cuda" if op in GAIT else "triton"
+        assert backends.bodies_of(op) == ("cpp", gpu, "reference")
+
+
+def test_triton_bodies_are_where_they_are_looked_for() -> None:
+    """The module that an op names has a function of the op's name."""
+    if not backends.status("triton").usable:
+        pytest.skip(backends.status("triton").reason)
+    for op in set(backends.ops()) - GAIT:
+        module = importlib.import_module(backends._bodies[op].triton_module)
+        assert callable(getattr(module, op))
+
+
+def test_ops_with_other_bodies_are_explained() -> None:
+    """What the choice is for the ops that Triton has no body of, and why; named one by one."""
+    seen = report(BPFREE_DISABLE="cuda")
+    reason = "because cuda is not usable: switched off by BPFREE_DISABLE=cuda."
+    rest, gait = seen["explain"][1].split(" For ")
+    assert rest.startswith("cuda: reference, because triton is not usable")
+    assert set(gait.split(", cuda: ")[0].split(", ")) == GAIT
+    assert gait.endswith(f", cuda: reference, {reason}")
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "mps", "xpu", "meta"])
@@ -193,8 +260,10 @@ def test_a_backend_on_the_wrong_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "interpreting", lambda: False)
     with pytest.raises(RuntimeError, match="'cpp' runs on CPU tensors, got a tensor on cuda"):
         backends.body("drtp_signal", "cuda", "cpp")
-    with pytest.raises(RuntimeError, match="'triton' runs on CUDA tensors, got a tensor on cpu"):
-        backends.body("drtp_signal", "cpu", "triton")
+    for op, backend in (("drtp_signal", "triton"), ("orthogonality", "cuda")):
+        wanted = f"'{backend}' runs on CUDA tensors, got a tensor on cpu"
+        with pytest.raises(RuntimeError, match=wanted):
+            backends.body(op, "cpu", backend)
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)

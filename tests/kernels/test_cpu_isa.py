@@ -31,6 +31,9 @@ FILES = (
     "test_ekdaa.py",
     "test_ekdaa_winners.py",
     "test_ekdaa_learning.py",
+    "test_inverse.py",
+    "test_orthogonal_update.py",
+    "test_invertible_conv.py",
 )
 
 SCRIPT = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,8 +14,10 @@ from bpfree_kernels import backends
 
 from . import cases
 from .cases import FAMILIES
+from .invertible_layers import Drawn, Layer, draw
 
 Target = tuple[str, str]
+Results = Callable[[Target, torch.dtype], list[Tensor]]
 
 LARGE = (128, 300, 257, 5)
 MEDIUM = (19, 70, 37, 5)
@@ -82,6 +84,32 @@ def errors(maps: Tensor, matrix: Tensor, backend: str) -> list[Tensor]:
     return found
 
 
+def inverses(target: Target, dtype: torch.dtype) -> list[Tensor]:
+    """All that the ops of GAIT-prop compute, on more than one block of everything."""
+    backend, device = target
+    layer = Layer(9, 33, (9, 7), (2, 2), {"padding": "same"})
+    t = Drawn(*(value.to(device) for value in vars(draw(layer, dtype, "cpu")).values()))
+    reconstructed = bk.invertible_conv_reconstruct(
+        t.output, t.x, t.inverse, t.bias, target=t.target, rate=t.rate, **layer.place,
+        backend=backend,
+    )  # fmt: skip
+    error = bk.invertible_conv_error(
+        t.output[:, :33], t.inverse[:33], layer.size, gate=t.x, **layer.place, backend=backend
+    )
+    if dtype.itemsize < 4:  # too few digits for an inverse
+        return [reconstructed, error]
+    gram = bk.orthogonality(t.weight, backend=backend)
+    signal = t.output.transpose(0, 1).flatten(1).t()
+    rule = bk.AdamW(0.05)
+    state = rule.new_param_state(t.weight)
+    found = [gram, reconstructed, error]
+    found += bk.solve_nearly_orthogonal(signal, gram, backend=backend)
+    found += bk.refine_inverse(t.weight, t.inverse, backend=backend)
+    grad = t.inverse.cos()
+    bk.orthogonal_update(t.weight, grad, gram, rule, state, penalty=0.5, backend=backend)
+    return [*found, t.weight, state.m, state.v]
+
+
 def same_bits(results: list[Tensor], others: list[Tensor]) -> bool:
     """Whether every entry is equal, NaN included nowhere."""
     return all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
@@ -93,7 +121,31 @@ def test_again(family: str, target: Target, dtype: torch.dtype) -> None:
     shape = cases.SMALL if target == ("triton", "cpu") else MEDIUM
     first = everything(family, shape, target, dtype)
     assert same_bits(first, everything(family, shape, target, dtype))
+
+
+def test_elementwise_again(target: Target, dtype: torch.dtype) -> None:
+    """Twice the same bits of what belongs to no family."""
     assert same_bits(elementwise(target, dtype), elementwise(target, dtype))
+
+
+@pytest.mark.op("invertible_conv_error")
+def test_inverses_again(target: Target, dtype: torch.dtype) -> None:
+    """Twice the same call, twice the same bits, of the ops that have other bodies."""
+    assert same_bits(inverses(target, dtype), inverses(target, dtype))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype_of_layer", [torch.float32, torch.float64])
+@pytest.mark.parametrize("results", [elementwise, inverses])
+def test_number_of_threads_elsewhere(results: Results, dtype_of_layer: torch.dtype) -> None:
+    """How the work is shared out must not show in the result of what belongs to no family."""
+    if not backends.status("cpp").usable:
+        pytest.skip(backends.status("cpp").reason)
+    runs: list[list[Tensor]] = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        runs.append(results(("cpp", "cpu"), dtype_of_layer))
+    assert all(same_bits(runs[0], run) for run in runs[1:])
 
 
 @pytest.mark.usefixtures("threads")
@@ -109,10 +161,7 @@ def test_number_of_threads(
     runs: list[list[Any]] = []
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
-        runs.append(
-            everything(family, shape_of_layer, ("cpp", "cpu"), dtype_of_layer)
-            + elementwise(("cpp", "cpu"), dtype_of_layer)
-        )
+        runs.append(everything(family, shape_of_layer, ("cpp", "cpu"), dtype_of_layer))
     assert all(same_bits(runs[0], run) for run in runs[1:])
 
 

@@ -27,6 +27,9 @@ STEPS = 3
 TRAINED = (9, 70, 29, 4)
 """The shape for training: whole vectors and a rest, whole blocks and a rest, in every kernel."""
 
+TRAINED_MAPS = (9, 19, 29, 4)
+"""The same for layers whose weight has as many values again for each element of a window."""
+
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Any:
@@ -36,10 +39,10 @@ def family(request: pytest.FixtureRequest) -> Any:
 
 def batches(family: Any, dtype: torch.dtype, device: str) -> list[LayerCase]:
     """One layer with as many different batches as there are steps."""
-    first = family(TRAINED, dtype, device)
-    return [
-        first.using(**family(TRAINED, dtype, device, seed=seed).samples) for seed in range(STEPS)
-    ]
+    on_maps = family in (cases.conv_case, cases.local_conv_case)
+    shape = TRAINED_MAPS if on_maps else TRAINED
+    first = family(shape, dtype, device)
+    return [first.using(**family(shape, dtype, device, seed=seed).samples) for seed in range(STEPS)]
 
 
 def train(

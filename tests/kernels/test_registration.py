@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,20 +18,13 @@ from . import cases
 from .cases import FAMILIES, LayerCase, classifier_case, dense_case, drtp_case, pepita_case
 from .samples_ekdaa import CONV, EKDAA
 from .samples_elementwise import ELEMENTWISE
+from .samples_invertible import INVERSE, INVERTIBLE_CONV
 from .samples_local_conv import DIFFERENTIABLE, LOCAL_CONV
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::bpfree_kernels.BackendFallbackWarning"),
     pytest.mark.usefixtures("fresh_dynamo"),
 ]
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """Nothing compiled in one test is seen by the next."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 UPDATE = ("optimizer", "lr", "beta1", "beta2", "eps", "weight_decay", "nesterov", "lr_tensor")
@@ -128,6 +121,8 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     **LOCAL_CONV,
     **CONV,
     **EKDAA,
+    **INVERSE,
+    **INVERTIBLE_CONV,
     **DIFFERENTIABLE,
 }
 """Arguments for each registered op. An op that is missing here fails `test_every_op_is_tested`."""

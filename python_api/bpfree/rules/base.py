@@ -82,6 +82,11 @@ class Learner(ABC):
             RuntimeError: a backend that cannot run here.
         """
         check_loss(loss)
+        if backend == "cuda":  # which has a few ops only
+            raise ValueError(
+                "backend of a learner must be 'cpp', 'triton' or 'reference', got 'cuda'; the ops that have "
+                "a CUDA body run it on a GPU without being told."
+            )
         if backend is not None and not backends.status(backend).usable:
             raise RuntimeError(
                 f"backend {backend!r} is not usable: {backends.status(backend).reason}."
