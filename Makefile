@@ -28,7 +28,7 @@ doctor: $(VENV)/.built
 
 # Each family in a process of its own: what one leaves behind in the allocator changes the others' times.
 bench: $(VENV)/.built
-	for family in drtp pepita local_conv ekdaa memory; do \
+	for family in drtp pepita local_conv ekdaa invertible_conv memory; do \
 	  $(BIN)/python -m pytest benchmarks/bench_$$family.py -q \
 	    --benchmark-columns=median,iqr,rounds --results docs/results/cpu-$$family || exit 1; \
 	done
@@ -36,7 +36,7 @@ bench: $(VENV)/.built
 # The papers' accuracy figures; BPFREE_DATA or the download cache has the data sets.
 paper: $(VENV)/.built
 	for table in drtp-mnist pepita-mnist pepita-cifar pepita-cifar-full pepita-mnist-conv \
-	  urfb-cifar ekdaa-fashion ekdaa-signum; do \
+	  urfb-cifar ekdaa-fashion ekdaa-signum gait-cifar-shallow gait-cifar-deep; do \
 	  $(BIN)/python benchmarks/paper.py $$table || exit 1; \
 	done
 

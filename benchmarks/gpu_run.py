@@ -53,6 +53,7 @@ def main() -> int:
         _run(
             "benchmarks", "pytest", "benchmarks/bench_drtp.py", "benchmarks/bench_pepita.py",
             "benchmarks/bench_local_conv.py", "benchmarks/bench_ekdaa.py",
+            "benchmarks/bench_invertible_conv.py",
             "-q", "-k", "cuda",
             "--results", str(target), seconds=left(),
         ),
