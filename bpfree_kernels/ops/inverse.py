@@ -140,11 +140,8 @@ def solve_nearly_orthogonal(
     out = signal.shape[1]
     checks.shape("orthogonality", orthogonality, (out, out), "[out, out]")
     checks.same_kind("orthogonality", orthogonality, "signal", signal)
-    if max_terms < 1:
-        raise ValueError(f"max_terms must be at least 1, got {max_terms}.")
     tolerance = 4 * torch.finfo(signal.dtype).eps if tolerance is None else float(tolerance)
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must not be negative, got {tolerance}.")
+    _check_limits(tolerance, "max_terms", max_terms)
     body = backends.body("solve_nearly_orthogonal", signal.device.type, backend)
     return Solution(*body(*contiguous((signal, orthogonality)), tolerance, max_terms))
 
@@ -198,13 +195,14 @@ def invert(
 
     Raises:
         TypeError: another dtype than float32 and float64, or dtypes that differ.
-        ValueError: a weight that is not square, or shapes or devices that differ.
+        ValueError: a weight that is not square, shapes or devices that differ, or numbers out of range.
         torch.linalg.LinAlgError: a weight that is singular, or too near to it for its dtype.
         RuntimeError: a backend that cannot run here.
     """
     check_square("weight", weight)
     if tolerance is None:
         tolerance = 1e-13 if weight.dtype == torch.float64 else 1e-5
+    _check_limits(tolerance, "max_steps", max_steps)
     if start is not None:
         checks.like("start", start, "weight", weight)
         solution = _refine(weight, start, tolerance, max_steps, backend)
@@ -220,6 +218,16 @@ def invert(
         f"weight {tuple(weight.shape)} cannot be inverted in {weight.dtype}: its condition number is "
         f"{_condition(weight):.1e}."
     )
+
+
+def _check_limits(tolerance: float, name: str, most: int) -> None:
+    """Check where an approximation ends: at a residual, or after `most` terms or steps, called `name`."""
+    if not isinstance(most, int) or isinstance(most, bool):
+        raise TypeError(f"{name} must be an int, got {most!r}.")
+    if most < 1:
+        raise ValueError(f"{name} must be at least 1, got {most}.")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must not be negative, got {tolerance}.")
 
 
 def _condition(weight: Tensor) -> float:

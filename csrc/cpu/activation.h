@@ -46,8 +46,8 @@ inline Vec<T> tanh_difference(Vec<T> z, Vec<T> d) {
   const T limit = ExpConstants<T>::kLimit, flat = T(30);  // tanh is 1 from there on, and A far from underflow
   const Vec<T> zero = {}, one = splat<T>(T(1)), size = vabs<T>(z);
   const VecBits<T> negative = (VecBits<T>)z & (VecBits<T>)splat<T>(T(-0.0));
-  const Vec<T> from = size > flat ? splat<T>(flat) : size;
-  const Vec<T> step = (Vec<T>)((VecBits<T>)d ^ negative) + (size - from);  // z + d stays what it is
+  const Vec<T> from = size > flat ? splat<T>(flat) : size, signed_d = (Vec<T>)((VecBits<T>)d ^ negative);
+  const Vec<T> step = size > flat ? (size + signed_d) - flat : signed_d;  // z + d stays what it is
   const Exp<T> a = split_exp<T>(T(-2) * from);
   const Exp<T> b = split_exp<T>(vmax<T>(T(-2) * vabs<T>(step), splat<T>(-limit)));
   const Vec<T> A = a.power + a.power * a.rest, B = b.power + b.power * b.rest;

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import torch
+
 try:
     import typer
 
@@ -113,7 +115,8 @@ def train(
         "normalised": normalised,
     }
     folder = out or Path("runs") / f"{rule}-{model}-{data}-seed{seed}"
-    with _one_sentence(DataError, DeviceError, MissingExtraError, RunError, ValueError):
+    mistakes = (DataError, DeviceError, MissingExtraError, RunError, TypeError, ValueError)
+    with _one_sentence(*mistakes):
         config = TrainConfig.with_defaults(
             rule=rule,
             model=model,
@@ -141,7 +144,8 @@ def train(
             threads=threads,
         )
         run = TrainRun(config, folder, data_dir, resume=resume)
-    _train(run)
+    with _one_sentence(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        _train(run)
 
 
 def _train(run: TrainRun) -> None:

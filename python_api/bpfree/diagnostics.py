@@ -70,6 +70,11 @@ def feedback_angle(learner: Learner) -> float:
     return _angle(product, backward)
 
 
+def has_update_angles(learner: Learner) -> bool:
+    """Whether `update_angles` can compare a learner: backpropagation needs every hidden activation's f′."""
+    return all(stage.activation != "sign" for stage in learner.network.stages)
+
+
 def update_angles(learner: Learner, x: Tensor, y: Tensor) -> dict[str, float]:
     """Angle between a rule's gradient of each weight and backpropagation's, on one batch, in degrees.
 
@@ -78,15 +83,21 @@ def update_angles(learner: Learner, x: Tensor, y: Tensor) -> dict[str, float]:
     mode, or the two see different nets.
 
     Args:
-        learner: any learner; nothing of it changes.
+        learner: any learner. Nothing of its model changes; what `bpfree.Learner.grads` makes beforehand
+            (feedback, the inverses of `bpfree.GAITProp`) is made.
         x, y: a batch, as `bpfree.Learner.step` takes it.
 
     Returns:
         0 to 180 by the name of each layer that learns; NaN where one of the two is zero.
 
     Raises:
-        IndexError, TypeError, ValueError, RuntimeError: as `bpfree.Learner.grads`.
+        IndexError, TypeError, ValueError, RuntimeError: as `bpfree.Learner.grads`; ValueError also for a net
+            that backpropagation cannot train (`has_update_angles`).
     """
+    if not has_update_angles(learner):
+        raise ValueError(
+            "update_angles needs a net that backpropagation can train, but the slope of Signum is 0."
+        )
     layers = {stage.name: stage.layer.weight for stage in learner.network.stages}
     kept = [(parameter, parameter.grad) for parameter in learner.model.parameters()]
     try:
@@ -110,12 +121,11 @@ def update_angles(learner: Learner, x: Tensor, y: Tensor) -> dict[str, float]:
 def _angle(a: Tensor, b: Tensor) -> float:
     """Angle between two tensors as vectors, in degrees; NaN if one is zero."""
     a, b = a.double().flatten(), b.double().flatten()
-    lengths = a.norm(), b.norm()
-    if not min(lengths) > 0:
+    lengths = a.norm().item(), b.norm().item()
+    if not all(0 < length < math.inf for length in lengths):
         return math.nan
-    a, b = (vector / length for vector, length in zip((a, b), lengths, strict=True))
     # By the chord: the cosine of a small angle has lost its digits.
-    chord = min(2.0, (a - b).norm().item())
+    chord = (a / lengths[0] - b / lengths[1]).norm().clamp(max=2).item()
     return math.degrees(2 * math.asin(chord / 2))
 
 

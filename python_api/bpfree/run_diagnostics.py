@@ -9,6 +9,7 @@ from torch import Tensor
 from bpfree.diagnostics import (
     feedback_angle,
     has_feedback_angle,
+    has_update_angles,
     update_angles,
     weight_histogram,
 )
@@ -43,12 +44,14 @@ class RunDiagnostics:
         learner, now = self._learner, {}
         if has_feedback_angle(learner):
             now["feedback_angle"] = feedback_angle(learner)
-        if not isinstance(learner, BP):
+        if has_update_angles(learner) and not isinstance(learner, BP):
             training = learner.model.training
             learner.eval()  # no dropout, in either of the two
-            for layer, angle in update_angles(learner, *self._batch).items():
-                now[f"update_angle_{layer}"] = angle
-            learner.train(training)
+            try:
+                angles = update_angles(learner, *self._batch)
+            finally:
+                learner.train(training)
+            now |= {f"update_angle_{layer}": angle for layer, angle in angles.items()}
         for name, angle in now.items():
             self.angles.setdefault(name, []).append(angle)
 

@@ -182,7 +182,16 @@ def test_a_resumed_ekdaa_run_is_bit_identical(tmp_path: Path) -> None:
 def test_a_run_of_gait_with_every_option_goes_on(tmp_path: Path) -> None:
     """The inverses that it keeps are no state: a resumed run makes them anew."""
     options = ["--rule", "gait", "--model", "gait1-16", "--orthogonal-penalty", "0.5"]
-    options += ["--off-diagonal", "--form", "literal", "--vanilla", "--lr", "1e-3"]
+    options += [
+        "--off-diagonal",
+        "--form",
+        "literal",
+        "--vanilla",
+        "--dtype",
+        "float64",
+        "--lr",
+        "1e-3",
+    ]
     for epochs in ("1", "2"):
         resume = ["--resume"] if epochs == "2" else []
         run = train(tmp_path, *options, "--epochs", epochs, *resume)
@@ -303,7 +312,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_checkpoint_too(
         (["--rule", "ekdaa", "--upsample", "x"], "upsample must be one of 'argmax', 'nearest'"),
         (["--rule", "ekdaa", "--max-norm", "0"], "max_norm must be positive and finite, got 0.0"),
         (["--rule", "gait"], "GAITProp needs an inverse of every layer but the first"),
-        (["--rule", "gait", "--vanilla"], "normalised must be true unless form is 'literal'"),
+        (["--rule", "gait", "--vanilla"], "--vanilla) must be true unless form is 'literal'"),
         (["--rule", "gait", "--form", "x"], "form must be one of 'difference', 'literal', got 'x'"),
         (["--off-diagonal"], "off_diagonal has no meaning for DRTP, only for GAIT-prop"),
         (["--activation", "sign"], "DRTP needs the derivative of every activation, but that of"),
@@ -332,6 +341,26 @@ def test_cuda_without_a_gpu(tmp_path: Path) -> None:
     for refused in (train(tmp_path, "--device", "cuda"), run("demo", "--device", "cuda")):
         assert refused.exit_code == 1
         assert "torch sees no CUDA device here: use --device cpu." in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--rule", "drtp", "--model", "gait1-16"], "DRTP trains Linear, Conv2d, but layer '3'"),
+        (
+            ["--rule", "gait", "--model", "gait2-16", "--optimizer", "sgd", "--lr", "1e9"],
+            "cannot be inverted in torch.float32",
+        ),
+    ],
+    ids=str,
+)
+def test_a_sentence_where_a_rule_cannot_train_a_net(
+    options: list[str], sentence: str, tmp_path: Path
+) -> None:
+    refused = run("train", "--out", str(tmp_path / "run"), "--epochs", "2", *options)
+    assert refused.exit_code == 1
+    assert sentence in refused.stderr
+    assert isinstance(refused.exception, SystemExit)
 
 
 def test_a_run_in_float64(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from bpfree.diagnostics import (
     density,
     feedback_angle,
     has_feedback_angle,
+    has_update_angles,
     update_angles,
     weight_histogram,
 )
@@ -93,6 +94,21 @@ def test_update_angles_of_a_known_turn() -> None:
         assert update_angles(learner, x, y) == pytest.approx({"0": angle, "2": 0.0}, abs=0.05)
 
 
+def test_update_angles_of_what_cannot_be_compared() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), bpfree.nn.Signum(), nn.Linear(5, 3))
+    learner = bpfree.EKDAA(model)
+    assert not has_update_angles(learner)
+    assert has_update_angles(bpfree.EKDAA(linear_net()))
+    with pytest.raises(
+        ValueError, match="update_angles needs a net that backpropagation can train"
+    ):
+        update_angles(learner, torch.randn(9, 6), torch.arange(9) % 3)
+    model = linear_net()
+    x = torch.full((9, 6), torch.nan)
+    angles = update_angles(bpfree.DRTP(model, loss="ce"), x, torch.arange(9) % 3)
+    assert all(math.isnan(angle) for angle in angles.values())
+
+
 def test_update_angles_leave_out_what_does_not_learn() -> None:
     model = linear_net()
     model[2].requires_grad_(False)
@@ -152,6 +168,13 @@ def test_a_run_records_the_angle_of_each_epoch_also_when_it_is_resumed(tmp_path:
     assert after != before
     # The initial weights of a resumed run are those of its first start.
     assert after == (tmp_path / "whole" / "diagnostics.png").read_bytes()
+
+
+def test_a_net_without_slopes_still_draws_its_weights(tmp_path: Path) -> None:
+    done = train(tmp_path, "--rule", "ekdaa", "--activation", "sign", "--epochs", "1")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "diagnostics.png").exists()
+    assert "angle" not in (tmp_path / "metrics.json").read_text()
 
 
 def test_a_rule_without_an_angle_still_draws_its_weights(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ class TestArguments:
     def test_backend(self) -> None:
         with pytest.raises(ValueError, match="backend must be one of"):
             bpfree.DRTP(dense(), backend="xpu")
-        with pytest.raises(ValueError, match="backend of a learner must be 'cpp', .* got 'cuda'"):
+        with pytest.raises(ValueError, match=r"backend of a learner must be 'cpp', .* got 'cuda'"):
             bpfree.DRTP(dense(), backend="cuda")
 
     def test_unusable_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,30 @@ def test_a_layer_far_from_orthogonal_is_inverted_from_then_on(
         torch.testing.assert_close(other, one, rtol=0, atol=1e-6 * one.abs().max().item())
 
 
+def test_layers_below_one_that_overflows_keep_the_series() -> None:
+    model = dense(torch.float32, depth=3)
+    with torch.no_grad():
+        model[-1].weight.mul_(1e6)  # so that the errors of the first way down are not finite
+    learner = bpfree.GAITProp(model)
+    assert all(grad.isfinite().all() for grad in gradients(learner))
+    assert ways(learner) == [SERIES] * 3 + [INVERSE]
+
+
+def test_the_residual_bounds_every_signal() -> None:
+    """Of the rows of the identity it is an average, which one bad direction hardly moves."""
+    torch.manual_seed(0)
+    features = 64
+    direction = nn.functional.normalize(torch.randn(features), dim=0)
+    layer = InvertibleLinear(features)
+    with torch.no_grad():  # one singular value of W Wᵀ − I is 0.42, the others 0
+        layer.weight += (1.42**0.5 - 1) * torch.outer(direction, direction @ layer.weight)
+    stem = nn.Linear(features, features)
+    model = nn.Sequential(stem, nn.LeakyReLU(0.1), layer)
+    learner = bpfree.GAITProp(model)
+    learner.grads(torch.randn(2 * features, features), torch.arange(2 * features) % features)
+    assert ways(learner) == [INVERSE]
+
+
 @pytest.mark.parametrize("samples", [2, 7])
 def test_fewer_samples_or_fewer_outputs_make_the_rows_of_the_series(samples: int) -> None:
     model = off_orthogonal(dense(), 0.01)
@@ -284,7 +308,7 @@ def test_what_has_no_inverse_is_refused_by_name(model: nn.Sequential, message: s
         ),
         ({"orthogonal_penalty": float("nan")}, "orthogonal_penalty must be finite"),
         ({"form": "exact"}, "form must be one of 'difference', 'literal', got 'exact'"),
-        ({"normalised": False}, "normalised must be true unless form is 'literal'"),
+        ({"normalised": False}, "normalised .* must be true unless form is 'literal'"),
         ({"eta": 0.0}, "eta must be positive and finite, got 0.0"),
         ({"rate": float("inf")}, "rate must be positive and finite, got inf"),
         ({"backend": "triton"}, "backend must be 'cpp' or 'reference' for GAITProp, got 'triton'"),

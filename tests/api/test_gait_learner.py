@@ -197,7 +197,8 @@ def test_float32_is_within_1e_5_of_float64() -> None:
     narrow = dense(torch.float32, depth=5)
     narrow.load_state_dict(wide.state_dict())
     exact, got = gradients(wide), gradients(narrow)
-    drowned = gradients(narrow, form="literal")
+    with pytest.warns(UserWarning, match="literal form .* make the model float64"):
+        drowned = gradients(narrow, form="literal")
     for name, grad in exact.items():
         assert (got[name] - grad).norm() < 1e-5 * grad.norm()
     first = exact["1.weight"]
@@ -205,6 +206,24 @@ def test_float32_is_within_1e_5_of_float64() -> None:
 
 
 # Steps
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"fused": True, "amsgrad": True}], ids=str)
+def test_gradients_lie_as_their_weights_do(options: dict[str, bool]) -> None:
+    """Fused optimizers of torch pair the two element by element in memory."""
+    usual, last = (off_orthogonal(NETS["conv"](), 0.05) for _ in range(2))
+    last.to(memory_format=torch.channels_last)
+    for model in (usual, last):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, **options)
+        learner = bpfree.GAITProp(model, optimizer, orthogonal_penalty=0.3)
+        for _ in range(2):
+            learner.grads(*batch_for(model))
+            for parameter in model.parameters():
+                assert parameter.grad.stride() == parameter.stride()
+            optimizer.step()
+            optimizer.zero_grad()
+            learner.step(*batch_for(model))
+    assert_close(last, usual, 1e-9)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)

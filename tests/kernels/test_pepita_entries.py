@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,18 @@ def test_nan_stays(
     results = bk.pepita_linear_grad(z[None], one, one, step[:, None], z.cos(), **options)
     for result in results:
         assert torch.equal(result.flatten().isnan(), wanted)
+
+
+@pytest.mark.parametrize(("name", "whole"), [("tanh", 1.0), ("sigmoid", 0.5)])
+def test_a_step_back_from_far_out(name: str, whole: float, target: Target) -> None:
+    """To 0 and a little beyond, from where a sum has lost the place after the point."""
+    backend, device = target
+    z = torch.tensor([1e4, 1e8, 1e20, -1e8, 50.0, 50.0], device=device)
+    step = torch.tensor([-1e4, -1e8, -1e20, 1e8, -100.0, -49.0], device=device)
+    got = bk.pepita_difference(z[None], step[None], activation=name, backend=backend)[0].cpu()
+    half = math.tanh(1.0) if name == "tanh" else 1 / (1 + math.exp(-1.0))
+    wanted = torch.tensor([-whole, -whole, -whole, whole, -2 * whole, half - 1])
+    torch.testing.assert_close(got, wanted, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu", "hardtanh"])

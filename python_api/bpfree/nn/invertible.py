@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,28 +21,13 @@ from bpfree_kernels.geometry import Pair, pair, same_margins, split_padding
 Ints = int | Sequence[int]
 
 
-@dataclass(frozen=True, eq=False)
-class _Inverse:
-    """W⁻ᵀ, and of which weight."""
-
-    value: Tensor
-    weight: Tensor
-    version: int
-    storage: int
-
-    def belongs_to(self, weight: Tensor) -> bool:
-        """Whether the weight is the same, and nobody has written to it since."""
-        now = (weight._version, weight.data_ptr(), weight.dtype)
-        return self.weight is weight and now == (self.version, self.storage, self.value.dtype)
-
-
 class Invertible(nn.Module):
     """What `InvertibleLinear` and `InvertibleConv2d` share.
 
     Attributes:
         outputs: how many of the outputs, the first ones, are handed on.
         auxiliary: pre-activations of the others, as the last `forward` left them, detached; ``None``
-            where there are none. Not in the ``state_dict``.
+            where there are none. A view, which keeps the whole z alive. Not in the ``state_dict``.
     """
 
     weight: Tensor
@@ -54,7 +38,7 @@ class Invertible(nn.Module):
         count = self.weight.shape[0]
         self.outputs = count if outputs is None else check_count(name, outputs, count)
         self.auxiliary: Tensor | None = None
-        self._inverse: _Inverse | None = None
+        self._inverse: Tensor | None = None
 
     def reset_parameters(self) -> None:
         """Draw an orthogonal weight, seen as [out, values of a window], and set the bias to 0."""
@@ -113,13 +97,10 @@ class Invertible(nn.Module):
         return torch.cat([y, kept], channels)
 
     def _inverse_weight(self) -> Tensor:
-        """W⁻ᵀ, refined from the last one if the weight has changed."""
-        if self._inverse is None or not self._inverse.belongs_to(self.weight):
-            start = None if self._inverse is None else self._inverse.value.to(self.weight)
-            value = kernels.invert(self.weight, start).value
-            version, storage = self.weight._version, self.weight.data_ptr()
-            self._inverse = _Inverse(value, self.weight, version, storage)
-        return self._inverse.value
+        """W⁻ᵀ, refined from the last one: nothing tells for sure whether the weight has changed."""
+        start = None if self._inverse is None else self._inverse.to(self.weight)
+        self._inverse = kernels.invert(self.weight, start).value
+        return self._inverse
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what can be had again: a copy shall not take another's weight for its own."""

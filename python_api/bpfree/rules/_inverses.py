@@ -64,21 +64,26 @@ class Inverses:
         """Whether the errors below a layer come from the series."""
         return stage.name not in self._without_series
 
-    def leave_series(self, residuals: Mapping[Stage, Tensor]) -> set[Stage]:
-        """Look at residuals of series, and keep an inverse of those layers where they are too large.
+    def leave_series(self, residuals: Mapping[Stage, Tensor]) -> Stage | None:
+        """Look at residuals of series, and keep an inverse of the first layer where one is too large.
 
         Waits for the device.
 
+        Args:
+            residuals: by layer, from the highest down: below one that is too large they tell nothing.
+
         Returns:
-            Those layers.
+            That layer.
         """
         if not residuals:
-            return set()
+            return None
         off = torch.stack(list(residuals.values()))
         worst = WORST_RESIDUAL[off.dtype]
-        far = {s for s, value in zip(residuals, off.tolist(), strict=True) if not value <= worst}
-        self._without_series |= {stage.name for stage in far}
-        return far
+        for stage, value in zip(residuals, off.tolist(), strict=True):
+            if not value <= worst:
+                self._without_series.add(stage.name)
+                return stage
+        return None
 
     def carry_down(
         self, signal: Tensor, stage: Stage, x: Tensor, below: Passed
@@ -122,6 +127,7 @@ class Inverses:
             return self.exact(stage)[:outputs], None
         unit = torch.eye(outputs, weight.shape[0], dtype=weight.dtype, device=weight.device)
         solution, residual = self._solve(unit, stage)
+        residual = residual * outputs**0.5  # of any signal: at most all of it lies in one direction
         return (solution @ weight.flatten(1)).view(outputs, *weight.shape[1:]), residual
 
     def _solve(self, signal: Tensor, stage: Stage) -> kernels.Solution:

@@ -25,6 +25,7 @@ import bpfree_kernels as kernels
 from bpfree.convolution import Convolution, channels_last
 from bpfree.nn import InvertibleConv2d, LocallyConnected2d
 from bpfree.stages import Stage
+from bpfree_kernels.backends import bodies_of
 from bpfree_kernels.update import UpdateRule
 
 Gradients = tuple[Tensor, Tensor | None]
@@ -211,6 +212,15 @@ class _InvertibleConvolution(Products):
 
     grad_op = kernels.conv_grad
     step_op = kernels.conv_step
+
+    def __init__(self, stage: Stage, backend: str | None) -> None:
+        super().__init__(stage, backend)
+        known = bodies_of("invertible_conv_error")
+        if backend not in (None, *known):
+            raise ValueError(
+                f"backend must be one of {', '.join(known)} for the InvertibleConv2d {stage.name!r}, got "
+                f"{backend!r}."
+            )
 
     def enter(self, x: Tensor) -> Tensor:
         return channels_last(x)

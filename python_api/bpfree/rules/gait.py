@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import cast, get_args
 
 import torch
@@ -94,6 +95,12 @@ class GAITProp(LayerwiseLearner):
         self.form = form
         self.nudge = Nudge(eta, rate, normalised)
         self._inverses = Inverses(backend)
+        if form == "literal" and self.network.output.layer.weight.dtype != torch.float64:
+            warnings.warn(
+                "GAITProp in the literal form subtracts what is nearly equal: in float32 the errors of "
+                "hidden layers are little but rounding; make the model float64.",
+                stacklevel=2,
+            )
 
     # Checks
 
@@ -180,9 +187,8 @@ class GAITProp(LayerwiseLearner):
                 if residual is not None:
                     residuals[stage] = residual
             far = self._inverses.leave_series(residuals)
-            wrong = [place for place, (stage, _) in enumerate(layers) if stage in far]
-            if wrong:  # errors below the first such layer are void, and come down again
-                del signals[wrong[0] + 1 :]
+            if far is not None:  # errors below this layer are void, and come down again
+                del signals[[stage for stage, _ in layers].index(far) + 1 :]
         return signals[::-1]
 
     def _penalty(self, stage: Stage) -> float:
@@ -206,8 +212,8 @@ class GAITProp(LayerwiseLearner):
             return
         if self.off_diagonal:
             g = g - torch.diag(g.diagonal())
-        whole = torch.addmm(grad.flatten(1), g, weight.flatten(1), alpha=4 * penalty)
-        updates.deliver(weight, whole.view_as(weight))
+        regular = (g @ weight.flatten(1)).view_as(weight)
+        updates.deliver(weight, grad.add_(regular, alpha=4 * penalty))  # in grad's order in memory
 
     # Explaining
 
@@ -250,7 +256,8 @@ def _check_options(
         raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}.")
     if not normalised and form != "literal":
         raise ValueError(
-            "normalised must be true unless form is 'literal': in the difference form γ cancels."
+            "normalised (on the command line --vanilla) must be true unless form is 'literal': in the "
+            "difference form γ cancels."
         )
     for name, number in (("eta", eta), ("rate", rate)):
         if not 0 < number < math.inf:
