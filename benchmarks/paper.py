@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
 from typing import Any, cast
 
 import torch
@@ -333,14 +334,16 @@ def write(name: str, table: Table, records: list[dict[str, Any]]) -> None:
 
 
 def draw_angles(path: Path, angles: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Draw the angles of each rule that has them, side by side."""
-    angles = {rule: of_layers for rule, of_layers in angles.items() if of_layers}
+    """Draw the angles of each rule that has them below the output layer, side by side."""
+    angles = {rule: of_layers for rule, of_layers in angles.items() if len(of_layers) > 1}
     figure, all_axes = make_figure(len(angles))
     for axes, (rule, of_layers) in zip(all_axes, angles.items(), strict=True):
         angle_curves(axes, of_layers)
-        axes.set_title(rule, fontsize="small")
-        axes.set_ylim(0, 180 if max(max(v) for v in of_layers.values()) > 100 else 100)
-    figure.savefig(path, dpi=100)
+        axes.set_title(fill(rule, 40), fontsize="small")
+        axes.set_yscale("log")  # from rounding to a right angle
+        axes.set_ylim(1e-6, 200)
+        axes.legend(loc="lower right", fontsize="x-small")
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:

@@ -19,7 +19,9 @@ void carry_down(const Windows& windows, const Tensor& inverse, Activation activa
     k.pack_kernel(windows, data<T>(inverse), begin, end, packed.get());
   });
   const InverseConv<T> layer = {windows, packed.get(), activation, static_cast<T>(slope), maps<T>(to)};
-  for_rows<T>({windows.height, windows.width * windows.in, windows.stride_h}, to.size(0),
+  // A row with its share of the outputs, which are more than it has values itself.
+  const int64_t row = windows.width * windows.in + windows.columns * windows.out / windows.stride_h;
+  for_rows<T>({windows.height, row, windows.stride_h}, to.size(0),
               [&](int64_t rows) { return k.inverse_scratch(windows, rows); },
               [&](int64_t sample, int64_t begin, int64_t end, T* scratch) {
                 f(layer, sample, begin, end, scratch);

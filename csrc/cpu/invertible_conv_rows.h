@@ -48,6 +48,7 @@ template <Activation kind, class T>
 void undo_outputs(const Windows& windows, const Reconstruction<T>& from, T slope, T rate, const Band& band,
                   T* outputs, const T* targets) {
   constexpr bool leaky = kind == Activation::leaky_relu;
+  const T inverse_slope = T(1) / slope;  // a division for every value would cost more than the product
   const Vec<T> zero = {}, one = splat<T>(T(1));
   for (int64_t r = 0; r < band.rows; ++r) {
     if (band.top + r < 0 || band.top + r >= windows.rows) continue;
@@ -60,7 +61,7 @@ void undo_outputs(const Windows& windows, const Reconstruction<T>& from, T slope
           const Vec<T> gain = leaky ? (a > zero ? one : splat<T>(slope)) : one;
           a += rate * gain * gain * (load_lanes(targets + at + c, lanes) - a);
         }
-        if (leaky) a = a > zero ? a : a / slope;
+        if (leaky) a = a > zero ? a : a * inverse_slope;
         if (from.bias) a -= load_lanes(from.bias + c, lanes);
         store_lanes(outputs + at + c, a, lanes);
       });
