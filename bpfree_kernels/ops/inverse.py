@@ -131,7 +131,7 @@ def solve_nearly_orthogonal(
         term: an upper bound where the series converges. Above `tolerance` (or not finite), it did not.
 
     Raises:
-        TypeError: another dtype than float32 and float64, or dtypes that differ.
+        TypeError: another dtype than float32 and float64, dtypes that differ, or `max_terms` that is no int.
         ValueError: shapes or devices that do not fit, or numbers out of range.
         RuntimeError: a backend that cannot run here.
     """
@@ -194,7 +194,7 @@ def invert(
         W⁻ᵀ shaped like `weight`, and ‖I − W⁻ᵀ Wᵀ‖ / √out of the inverse before its last step.
 
     Raises:
-        TypeError: another dtype than float32 and float64, or dtypes that differ.
+        TypeError: another dtype than float32 and float64, dtypes that differ, or `max_steps` that is no int.
         ValueError: a weight that is not square, shapes or devices that differ, or numbers out of range.
         torch.linalg.LinAlgError: a weight that is singular, or too near to it for its dtype.
         RuntimeError: a backend that cannot run here.

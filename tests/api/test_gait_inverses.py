@@ -17,6 +17,7 @@ from bpfree import checkpoint
 from bpfree.data import load
 from bpfree.models import build_model
 from bpfree.nn import InvertibleConv2d, InvertibleLinear
+from bpfree_kernels import backends
 
 SERIES, INVERSE = "by a series in W Wᵀ − I", "by its inverse, refined at every step"
 
@@ -362,6 +363,14 @@ def test_baselines_train_invertible_layers(rule: type[bpfree.Learner], make_net:
 def test_other_rules_refuse_invertible_layers(rule: type[bpfree.Learner]) -> None:
     with pytest.raises(TypeError, match="but layer '3' is a InvertibleLinear"):
         rule(dense())
+
+
+def test_a_backend_without_the_inverses_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FRFB's other ops have Triton bodies: it would fail in the middle of its first step."""
+    usable = backends.Status(True, "for this test")
+    monkeypatch.setattr(backends, "status", lambda _: usable)
+    with pytest.raises(ValueError, match="cpp, cuda, reference for the InvertibleConv2d '2'"):
+        bpfree.FRFB(conv(), backend="triton")
 
 
 def test_feedback_alignment_goes_through_strided_convolutions() -> None:

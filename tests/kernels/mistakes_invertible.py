@@ -78,8 +78,12 @@ SOLVING: dict[str, Mistake] = {
         ("orthogonality", "[out, out]", "(12, 12)", "(11, 11)"),
     ),
     "no terms": Mistake(SOLVE, given("max_terms", 0), ValueError, ("max_terms", "1", "0")),
+    "half a term": Mistake(SOLVE, given("max_terms", 1.5), TypeError, ("max_terms", "int", "1.5")),
+    "no steps": Mistake(INVERT, given("max_steps", 0), ValueError, ("max_steps", "1", "0")),
+    "half a step": Mistake(INVERT, given("max_steps", 0.5), TypeError, ("max_steps", "int", "0.5")),
     **{f"tolerance={value}": Mistake(
-        SOLVE, given("tolerance", value), ValueError, ("tolerance", "not be negative", str(value))
+        SOLVE + INVERT, given("tolerance", value), ValueError,
+        ("tolerance", "not be negative", str(value)),
     ) for value in (-1e-3, float("nan"))},
 }  # fmt: skip
 
